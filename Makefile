@@ -1,0 +1,58 @@
+# make demo | test | lint | bench | clean. Each makes the virtual environment it needs, once, and again
+# when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
+
+PYTHON ?= python3
+ARGS ?=
+JOBS ?= 2
+
+.PHONY: demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: .venv-demo/installed
+	.venv-demo/bin/omniadam train --output runs/demo --overwrite $(ARGS)
+
+# Every library is installed here, so a test that skips for want of one is a failure.
+test: .venv-test/installed
+	OMNIADAM_REQUIRE_ALL=1 .venv-test/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# The peers are the libraries of the tests: the same environment.
+bench: .venv-test/installed
+	.venv-test/bin/python benchmarks/run.py $(ARGS)
+
+lint: .venv-lint/installed
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/mypy
+
+format: .venv-lint/installed
+	.venv-lint/bin/ruff check --fix .
+	.venv-lint/bin/ruff format .
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-lint .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omniadam needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make $(MAKECMDGOALS) PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(@D)
+endef
+pip = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-demo/installed: pyproject.toml constraints.txt
+	$(environment)
+	$(pip) --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv-lint/installed: pyproject.toml constraints.txt
+	$(environment)
+	$(pip) --constraint constraints.txt --editable '.[lint]'
+	@touch $@
+
+# torch first and by its exact version: where pip knows a CPU build (2.13.0+cpu), it then takes that
+# one, and what is installed is not fetched again with CUDA. tf_keras: see pyproject.toml.
+.venv-test/installed: pyproject.toml constraints.txt
+	$(environment)
+	$(pip) "$$(grep '^torch==' constraints.txt)"
+	$(pip) --constraint constraints.txt --editable '.[test]'
+	$(pip) --constraint constraints.txt --no-deps tf_keras
+	@touch $@

@@ -1,0 +1,10 @@
+"""Adam as Keras documents it, on the arrays people already have."""
+
+from . import schedules
+from .adam import Adam, AdamW
+from .optimizer import Optimizer
+from .sparse import IndexedSlices
+
+__version__ = "0.1.0"
+
+__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "schedules"]

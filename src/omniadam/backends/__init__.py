@@ -1,0 +1,59 @@
+"""Which library a variable comes from.
+
+No library is imported before one of its variables is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from .base import Backend
+
+_NUMBER = np.float64(0)
+
+# The package that defines a variable's type, and the module here that knows it. A subclass of a
+# library's type is known by its bases.
+_MODULES = {"numpy": "numpy"}
+
+
+@cache
+def _of_type(kind: type) -> str | None:
+    for base in kind.__mro__:
+        package = base.__module__.partition(".")[0]
+        if package in _MODULES:
+            return package
+    return None
+
+
+def backend_of(variable: Any) -> type[Backend] | None:
+    """The backend for a variable, by its type; None if no library here knows it."""
+    kind: Any = type(variable)
+    library = _of_type(kind)
+    if library is None or library not in sys.modules:
+        return None
+    found: type[Backend] = import_module(f".{_MODULES[library]}", __name__).BACKEND
+    return found
+
+
+def supported() -> str:
+    """The libraries whose variables can be trained, for messages."""
+    return ", ".join(sorted(_MODULES))
+
+
+def functions_of(value: Any) -> Any:
+    """The elementwise functions of the library that a value belongs to.
+
+    Python numbers belong to NumPy. The namespace has `minimum, maximum, where, floor, ceil, cos,
+    log, power` and `asarray_float`, which converts to the library's float type.
+    """
+    backend = backend_of(value) or backend_of(_NUMBER)
+    assert backend is not None
+    return backend.elementwise
+
+
+__all__ = ["Backend", "backend_of", "functions_of", "supported"]

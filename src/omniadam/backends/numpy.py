@@ -1,0 +1,157 @@
+"""NumPy: arrays updated in place, by the CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import layout
+from ..kernels.cpu import SparseRows
+from ..kernels.ndarrays import Inspector
+from ..kernels.ndarrays import usable as can_inspect
+from ..sparse import IndexedSlices
+from .base import FLOATS, Entry, Selection, received
+from .host import Gradients, HostMemory
+
+Array = npt.NDArray[Any]
+
+
+class NumPy(HostMemory):
+    """Variables are writable `np.ndarray`s."""
+
+    name: ClassVar[str] = "numpy"
+
+    def view(self, variable: Array) -> Array:
+        return layout.stored(variable)
+
+    def name_of(self, variable: Array) -> None:
+        return None
+
+    def describe(self, variable: Any, name: str) -> Entry:
+        if not isinstance(variable, np.ndarray) or isinstance(variable, np.ma.MaskedArray):
+            raise TypeError(
+                f"Variable '{name}' must be a writable NumPy array. Received: "
+                f"{received(variable)}. A number or a NumPy scalar cannot be updated in place: "
+                "use np.array(value)."
+            )
+        if not variable.dtype.isnative:
+            raise TypeError(
+                f"Variable '{name}' has the byte order of another machine (dtype "
+                f"{variable.dtype.str}). Convert it with "
+                "variable.astype(variable.dtype.newbyteorder('='))."
+            )
+        if variable.dtype.name not in FLOATS:
+            raise TypeError(
+                f"Variable '{name}' must be float16, float32 or float64. Received dtype "
+                f"{variable.dtype} with shape {variable.shape}."
+            )
+        if not variable.flags.writeable:
+            raise ValueError(
+                f"Variable '{name}' of shape {variable.shape} is read-only, so it cannot be "
+                "updated in place. Pass a writable copy, or set variable.flags.writeable = True."
+            )
+        if variable.size and not layout.is_injective(variable):
+            raise ValueError(
+                f"Variable '{name}' of shape {variable.shape} has elements that share memory "
+                f"(strides {variable.strides}), as np.broadcast_to makes. Pass a copy of it."
+            )
+        return Entry(variable, name, variable.shape, variable.dtype.name)
+
+    def zeros(self, entry: Entry, dtype: str) -> Array:
+        return np.zeros_like(entry.variable, dtype, subok=False)
+
+    def create(self, value: Array) -> Array:
+        return np.array(value)
+
+    def numpy(self, variable: Array) -> Array:
+        return np.array(variable)
+
+    def assign(self, variable: Array, value: Any) -> None:
+        variable[...] = value
+
+    def gradient(self, gradient: Any, entry: Entry) -> Any:
+        if isinstance(gradient, IndexedSlices):
+            _check_shape(gradient, entry)
+            return SparseRows(*gradient.coalesce())
+        if not isinstance(gradient, np.ndarray) or isinstance(gradient, np.ma.MaskedArray):
+            # A 0-d result of a reduction is a NumPy scalar, which autograd returns too.
+            if not isinstance(gradient, np.generic):
+                raise TypeError(
+                    f"The gradient of variable '{entry.name}' must be a NumPy array or "
+                    f"omniadam.IndexedSlices. Received: {received(gradient)}. The variable has "
+                    f"shape {entry.shape} and dtype {entry.dtype}."
+                )
+            gradient = np.asarray(gradient)
+        _check_shape(gradient, entry)
+        if gradient.dtype.kind not in "fiu":
+            raise TypeError(
+                f"The gradient of variable '{entry.name}' must hold real numbers. Received dtype "
+                f"{gradient.dtype}; the variable has dtype {entry.dtype}."
+            )
+        if gradient.dtype.name not in FLOATS or not gradient.dtype.isnative:
+            gradient = gradient.astype(np.float64)
+        return layout.stored(np.asarray(gradient)), gradient.dtype.name
+
+    def recognise(
+        self, selection: Selection, gradients: list[Any], variables: list[Any]
+    ) -> Gradients | None:
+        if "inspector" not in selection.prepared:
+            own = [entry.variable for entry in selection.entries]
+            usable = can_inspect() and all(map(Inspector.takes, own))
+            selection.prepared["inspector"] = (
+                Inspector(own, self._written(selection)) if usable else None
+            )
+        inspector = selection.prepared["inspector"]
+        if inspector is None:
+            return None
+        addresses = inspector.addresses(gradients, variables)
+        return None if addresses is None else Gradients(addresses, gradients, {})
+
+    def differentiate(
+        self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
+    ) -> list[Any]:
+        try:
+            from autograd import make_vjp
+        except ImportError as error:
+            raise ImportError(
+                "Differentiating a loss over NumPy arrays needs HIPS autograd: "
+                "pip install 'omniadam[autograd]'. Or compute gradients yourself and call "
+                "apply_gradients(zip(gradients, variables))."
+            ) from error
+        if not callable(loss):
+            raise TypeError(
+                "`loss` must be a callable with one argument a variable, written with "
+                f"autograd.numpy. Received: {received(loss)}."
+            )
+        vjp, value = make_vjp(lambda each: scale(loss(*each)), 0)(list(variables))
+        if grad_loss is None:
+            if getattr(value, "shape", ()) != () or not isinstance(
+                value, (float, np.floating, np.ndarray)
+            ):
+                raise ValueError(
+                    "`loss` must return a real scalar. Received: "
+                    f"{received(value)} of shape {getattr(value, 'shape', ())}. Take its mean or "
+                    "sum, or pass `grad_loss` of the same shape."
+                )
+            grad_loss = np.ones_like(value)
+        elif np.shape(grad_loss) != np.shape(value):
+            raise ValueError(
+                f"`grad_loss` must have the shape of the loss, {np.shape(value)}. Received shape "
+                f"{np.shape(grad_loss)}."
+            )
+        return list(vjp(grad_loss))
+
+
+def _check_shape(gradient: Any, entry: Entry) -> None:
+    if tuple(gradient.shape) != entry.shape:
+        raise ValueError(
+            f"The gradient of variable '{entry.name}' must have the variable's shape "
+            f"{entry.shape} (dtype {entry.dtype}). Received shape {tuple(gradient.shape)} (dtype "
+            f"{gradient.dtype})."
+        )
+
+
+BACKEND = NumPy

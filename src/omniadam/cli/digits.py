@@ -1,0 +1,86 @@
+"""What `omniadam train` learns: handwritten digits, by a multilayer perceptron on NumPy arrays."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import autograd.numpy as anp
+import numpy as np
+from autograd.tracer import getval
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+WIDTHS = (64, 512, 256, 10)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images as rows of 64 pixels in [0, 1], and their digits as rows of a one-hot matrix."""
+
+    images: Array
+    digits: Array
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load() -> tuple[Examples, Examples]:
+    """The 1,797 images of 8 by 8 pixels inside scikit-learn: four fifths to learn, a fifth to test.
+
+    The split is the same in every run, whatever its seed, and has each digit in proportion.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = (pixels / 16).astype(np.float32)
+    digits = np.eye(10, dtype=np.float32)[labels]
+    split = train_test_split(images, digits, test_size=0.2, stratify=labels, random_state=0)
+    learn_images, test_images, learn_digits, test_digits = split
+    return Examples(learn_images, learn_digits), Examples(test_images, test_digits)
+
+
+def initial_parameters(seed: int) -> dict[str, Array]:
+    """Names and arrays in the order of the layers; kernels after He et al. 2015, biases zero."""
+    random = np.random.default_rng([seed, 0])
+    parameters = {}
+    for layer, (inputs, outputs) in enumerate(pairwise(WIDTHS), start=1):
+        kernel = random.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
+        parameters[f"dense_{layer}/kernel"] = kernel.astype(np.float32)
+        parameters[f"dense_{layer}/bias"] = np.zeros(outputs, np.float32)
+    return parameters
+
+
+def batches(examples: Examples, size: int, seed: int, epoch: int) -> Iterator[Examples]:
+    """All examples once, in an order that depends on the seed and the epoch and nothing else."""
+    order = np.random.default_rng([seed, 1, epoch]).permutation(len(examples))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield Examples(examples.images[chosen], examples.digits[chosen])
+
+
+def log_probabilities(parameters: Sequence[Array], images: Array) -> Any:
+    """The network: relu between dense layers, log-softmax at the end. autograd can trace it."""
+    *hidden, (kernel, bias) = zip(parameters[::2], parameters[1::2], strict=True)
+    x: Any = images
+    for weights, offset in hidden:
+        x = anp.dot(x, weights) + offset
+        x = x * (x > 0)  # autograd's derivative of maximum(x, 0) is float64
+    x = anp.dot(x, kernel) + bias
+    x = x - np.max(getval(x), axis=1, keepdims=True)  # against overflow; no part of the derivative
+    return x - anp.log(anp.sum(anp.exp(x), axis=1, keepdims=True))
+
+
+def cross_entropy(parameters: Sequence[Array], examples: Examples) -> Any:
+    """The mean of -log(probability of the right digit). autograd can trace it."""
+    right = examples.digits * log_probabilities(parameters, examples.images)
+    return anp.sum(right) * np.float32(-1 / len(examples))
+
+
+def loss_and_accuracy(parameters: Sequence[Array], examples: Examples) -> tuple[float, float]:
+    """How well the network does on all of `examples`."""
+    scores = log_probabilities(parameters, examples.images)
+    right = scores.argmax(axis=1) == examples.digits.argmax(axis=1)
+    return float(-(examples.digits * scores).sum() / len(examples)), float(right.mean())

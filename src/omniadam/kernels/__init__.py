@@ -1,0 +1,1 @@
+"""What a machine is: the rule compiled for it. A kernel knows memory, not libraries."""

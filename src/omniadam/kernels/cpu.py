@@ -1,0 +1,547 @@
+"""The step on a CPU: one call over all variables, one pass over their memory.
+
+The work is a list of chunks of at most `CHUNK` elements. Whoever runs a kernel takes chunks from a
+shared counter until none is left: the calling thread always, and for large work helper threads
+that are woken beside it. A helper that the operating system has no core for takes nothing and is
+not waited for, so that a busy machine delays a step by one chunk at most; and as a chunk's result
+depends on its own elements only, results are the same to the bit for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import rule as arithmetic
+from ..rule import Pass, RuleKey
+from . import jit
+
+CHUNK = 8192  # elements; a chunk of every stream fits a core's second-level cache
+PARALLEL = 1 << 19  # elements below which waking a helper costs more than it brings
+
+# Element types a kernel reads: storage in memory, arithmetic in registers.
+STORAGE = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.uint16,
+    "bfloat16": np.uint16,
+}
+ARITHMETIC = {
+    "float32": "float32",
+    "float64": "float64",
+    "float16": "float32",
+    "bfloat16": "float32",
+}
+
+# No flag that assumes NaN or infinity away: a NaN gradient must stay one. A sum of squares may be
+# reordered, which vectorises it; the order is then fixed in the machine code.
+_ELEMENTWISE = frozenset({"contract", "nsz"})
+_REDUCING = frozenset({"contract", "nsz", "reassoc"})
+
+# The words of a job, a small array of int64 that a kernel is given the address of.
+_ADDRESSES, _GRADIENTS, _CHUNKS, _COUNT, _FACTORS, _RULE, _PASS, _PARTIALS = range(8)
+_NEXT, _DONE, _RESULT, _IGNORED = 8, 9, 10, 11
+_WORDS = 12
+
+Int64s = npt.NDArray[np.int64]
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used: Numba is there and OMNIADAM_KERNEL allows it."""
+    choice = os.environ.get("OMNIADAM_KERNEL", "")
+    if choice not in ("", "numba", "numpy"):
+        raise ValueError(f"OMNIADAM_KERNEL must be 'numba' or 'numpy'. Received: {choice!r}")
+    return choice != "numpy" and _numba_installed()
+
+
+@cache
+def _numba_installed() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("numba") is not None and find_spec("llvmlite") is not None
+
+
+# --- what the kernels are made of; everything below this line up to `_kernel` runs inside Numba ---
+
+
+def _primitives() -> Any:
+    """Loads, stores and conversions in Numba's terms."""
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def pointer(_: Any, address: Any, kind: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            target = context.get_value_type(kind.dtype).as_pointer()
+            return builder.inttoptr(args[0], target)
+
+        return types.CPointer(kind.dtype)(address, kind), generate
+
+    @intrinsic
+    def add_atomic(_: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            target = builder.inttoptr(args[0], cgutils.intp_t.as_pointer())
+            return builder.atomic_rmw("add", target, args[1], "seq_cst")
+
+        return types.int64(types.int64, types.int64), generate
+
+    def convert(source: Any, target: Any, path: Callable[[Any, Any], Any]) -> Any:
+        @intrinsic
+        def conversion(_: Any, value: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                return path(builder, args[0])
+
+            return target(source), generate
+
+        return conversion
+
+    half, single = ir.HalfType(), ir.FloatType()
+    inline = numba.njit(error_model="numpy", fastmath=set(_ELEMENTWISE))
+
+    class primitives:
+        int64, float64 = types.int64, types.float64
+        view = staticmethod(numba.carray)
+        to_pointer = staticmethod(pointer)
+        fetch_add = staticmethod(add_atomic)
+        njit = staticmethod(inline)
+        half_to_single = convert(
+            types.uint16,
+            types.float32,
+            lambda b, x: b.fpext(b.bitcast(x, half), single),
+        )
+        single_to_half = convert(
+            types.float32,
+            types.uint16,
+            lambda b, x: b.bitcast(b.fptrunc(x, half), ir.IntType(16)),
+        )
+        single_to_bits = convert(
+            types.float32, types.uint32, lambda b, x: b.bitcast(x, ir.IntType(32))
+        )
+        bits_to_single = convert(types.uint32, types.float32, lambda b, x: b.bitcast(x, single))
+
+    return primitives
+
+
+def _conversions(p: Any, dtype: str) -> tuple[Any, Any]:
+    """Between what is stored for an element of `dtype` and the float that is computed with."""
+    if dtype == "float16":
+        half_to_single, single_to_half = p.half_to_single, p.single_to_half
+        return p.njit(lambda x: half_to_single(x)), p.njit(lambda x: single_to_half(x))
+    if dtype == "bfloat16":
+        single_to_bits, bits_to_single = p.single_to_bits, p.bits_to_single
+        uint16, uint32 = np.uint16, np.uint32
+        # Half of a unit in the last place that is kept, one less so that ties go to the even one.
+        half, one, quiet = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
+
+        def widen(x: Any) -> Any:
+            return bits_to_single(uint32(x) << uint32(16))
+
+        def narrow(x: Any) -> Any:
+            bits = single_to_bits(x)
+            kept = uint16((bits + (half + ((bits >> uint32(16)) & one))) >> uint32(16))
+            return quiet if x != x else kept
+
+        return p.njit(widen), p.njit(narrow)
+    identity = p.njit(lambda x: x)
+    return identity, identity
+
+
+def _choices(p: Any) -> tuple[Any, Any, Any]:
+    """`minimum` and `maximum` that keep a NaN on either side, and `where`."""
+    return (
+        p.njit(lambda a, b: a if a < b or a != a else b),
+        p.njit(lambda a, b: a if a > b or a != a else b),
+        p.njit(lambda chosen, a, b: a if chosen != 0 else b),
+    )
+
+
+def _arithmetic(p: Any, kind: Pass, rule: RuleKey, rounded: Any) -> tuple[Any, Any]:
+    """`rule.make_gradient` and `rule.make_element`, bound to Numba."""
+    minimum, maximum, where = _choices(p)
+    gradient = p.njit(arithmetic.make_gradient(kind))
+    element = arithmetic.make_element(
+        kind,
+        p.njit(rule.bind(math.sqrt, maximum)),
+        gradient,
+        minimum=minimum,
+        maximum=maximum,
+        where=where,
+        rounded=rounded,
+    )
+    return gradient, p.njit(element)
+
+
+def _build_pass(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> Any:
+    """The kernel that takes every element of its chunks through `kind`."""
+    p = _primitives()
+    stored, read = STORAGE[dtype], STORAGE[gradient_dtype]
+    real = np.dtype(ARITHMETIC[dtype]).type
+    stored_size, read_size = np.dtype(stored).itemsize, np.dtype(read).itemsize
+    real_size = np.dtype(real).itemsize
+    widen, narrow = _conversions(p, dtype)
+    widen_gradient, _ = _conversions(p, gradient_dtype)
+    is_half = dtype != ARITHMETIC[dtype]
+    rounded = p.njit(lambda x: widen(narrow(x))) if is_half else p.njit(lambda x: x)
+    _, element = _arithmetic(p, kind, rule, rounded)
+
+    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
+    fetch_add = p.fetch_add
+    slots = len(rule.slots)
+    width = slots + 3  # w, slots, accumulator, average
+    has_gradient, updates, accumulated = kind.gradient, kind.updates, kind.accumulated
+    averaged, stores, factored = kind.averaged, kind.stores_variable, kind.clipped_by_factor
+    first, second, third = updates and slots > 0, updates and slots > 1, updates and slots > 2
+    at1, at2, at3 = min(1, slots), min(2, slots), min(3, slots)
+
+    def kernel(job: int) -> Any:
+        j = view(to_pointer(job, int64), (_WORDS,))
+        count = j[_COUNT]
+        while True:
+            # Nothing but the job is read before a chunk is taken: without one, the step may be over
+            # and its arrays gone.
+            k = fetch_add(job + 8 * _NEXT, 1)
+            if k >= count:
+                break
+            rc = view(to_pointer(j[_RULE], float64), (4,))
+            pc = view(to_pointer(j[_PASS], float64), (8,))
+            rule_c = (real(rc[0]), real(rc[1]), real(rc[2]), real(rc[3]))
+            pass_c = (
+                real(pc[0]), real(pc[1]), real(pc[2]), real(pc[3]),
+                real(pc[4]), real(pc[5]), real(pc[6]), real(pc[7]),
+            )  # fmt: skip
+            zero = pass_c[7]
+            chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
+            tensor, offset, n = chunks[5 * k], chunks[5 * k + 1], chunks[5 * k + 2]
+            row = view(to_pointer(j[_ADDRESSES] + 8 * width * tensor, int64), (width,))
+            w = view(to_pointer(row[0] + offset * stored_size, stored_type), (n,))
+            at = offset * real_size
+            s0 = view(to_pointer(row[at1] + at, real_type), (n,))
+            s1 = view(to_pointer(row[at2] + at, real_type), (n,))
+            s2 = view(to_pointer(row[at3] + at, real_type), (n,))
+            accumulator = view(to_pointer(row[slots + 1] + at, real_type), (n,))
+            average = view(to_pointer(row[slots + 2] + at, real_type), (n,))
+            if has_gradient:
+                sources = view(to_pointer(j[_GRADIENTS] + 8 * chunks[5 * k + 3], int64), (1,))
+                start = sources[0] + chunks[5 * k + 4] * read_size
+                g = view(to_pointer(start, read_type), (n,))
+            if factored:
+                factor = real(view(to_pointer(j[_FACTORS] + 8 * tensor, float64), (1,))[0])
+            else:
+                factor = zero
+            for i in range(n):
+                new_w, new_slots, new_accumulator, new_average = element(
+                    widen(w[i]),
+                    real(widen_gradient(g[i])) if has_gradient else zero,
+                    (
+                        s0[i] if first else zero,
+                        s1[i] if second else zero,
+                        s2[i] if third else zero,
+                    ),
+                    accumulator[i] if accumulated else zero,
+                    average[i] if averaged else zero,
+                    factor,
+                    rule_c,
+                    pass_c,
+                )
+                if first:
+                    s0[i] = new_slots[0]
+                if second:
+                    s1[i] = new_slots[1]
+                if third:
+                    s2[i] = new_slots[2]
+                if accumulated:
+                    accumulator[i] = new_accumulator
+                if averaged:
+                    average[i] = new_average
+                if stores:
+                    w[i] = narrow(new_w)
+            fetch_add(job + 8 * _DONE, 1)
+        return fetch_add(job + 8 * _DONE, 0)
+
+    import numba
+
+    stored_type, read_type = numba.from_dtype(np.dtype(stored)), numba.from_dtype(np.dtype(read))
+    real_type = numba.from_dtype(np.dtype(real))
+    return kernel
+
+
+def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
+    """The kernel that writes the sum of squares of each chunk of the gradients, in double."""
+    p = _primitives()
+    read = STORAGE[gradient_dtype]
+    real = np.dtype(ARITHMETIC[dtype]).type
+    read_size, real_size = np.dtype(read).itemsize, np.dtype(real).itemsize
+    widen, _ = _conversions(p, gradient_dtype)
+    gradient = p.njit(arithmetic.make_gradient(kind))
+    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
+    fetch_add = p.fetch_add
+    accumulated, double = kind.accumulated, np.float64
+
+    def kernel(job: int) -> Any:
+        j = view(to_pointer(job, int64), (_WORDS,))
+        count = j[_COUNT]
+        while True:
+            k = fetch_add(job + 8 * _NEXT, 1)
+            if k >= count:
+                break
+            pc = view(to_pointer(j[_PASS], float64), (8,))
+            pass_c = (real(pc[0]), real(pc[1]))
+            zero = real(pc[7])
+            chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
+            partials = view(to_pointer(j[_PARTIALS], float64), (count,))
+            n = chunks[5 * k + 2]
+            sources = view(to_pointer(j[_GRADIENTS] + 8 * chunks[5 * k + 3], int64), (1,))
+            start = sources[0] + chunks[5 * k + 4] * read_size
+            g = view(to_pointer(start, read_type), (n,))
+            # The first column of the addresses is the accumulator here.
+            rows = view(to_pointer(j[_ADDRESSES] + 8 * chunks[5 * k], int64), (1,))
+            accumulator = view(to_pointer(rows[0] + chunks[5 * k + 1] * real_size, real_type), (n,))
+            total = double(pc[7])
+            for i in range(n):
+                x = gradient(real(widen(g[i])), accumulator[i] if accumulated else zero, pass_c)
+                total += double(x) * double(x)
+            partials[k] = total
+            fetch_add(job + 8 * _DONE, 1)
+        return fetch_add(job + 8 * _DONE, 0)
+
+    import numba
+
+    read_type, real_type = numba.from_dtype(np.dtype(read)), numba.from_dtype(np.dtype(real))
+    return kernel
+
+
+# --- running kernels ---
+
+
+@cache
+def _pass_kernel(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> jit.Kernel:
+    return jit.compiled(
+        lambda: _build_pass(kind, rule, dtype, gradient_dtype),
+        repr((kind, rule.make.__module__, rule.make.__qualname__, rule[1:], dtype, gradient_dtype)),
+        (
+            jit.source_of(__name__),
+            jit.source_of(arithmetic.__name__),
+            jit.source_of(rule.make.__module__),
+        ),
+        _ELEMENTWISE,
+    )
+
+
+@cache
+def _squares_kernel(kind: Pass, gradient_dtype: str, dtype: str) -> jit.Kernel:
+    return jit.compiled(
+        lambda: _build_squares(kind, gradient_dtype, dtype),
+        repr(("squares", kind, gradient_dtype, dtype)),
+        (jit.source_of(__name__), jit.source_of(arithmetic.__name__)),
+        _REDUCING,
+    )
+
+
+class _Helpers:
+    """Threads that wait to share a kernel's chunks, started when first needed."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[jit.Kernel, array[int]]] = SimpleQueue()
+        self._running = 0
+
+    def wake(self, count: int, kernel: jit.Kernel, job: array[int]) -> None:
+        while self._running < count:
+            self._running += 1
+            threading.Thread(target=self._serve, name="omniadam", daemon=True).start()
+        for _ in range(count):
+            self._queue.put((kernel, job))
+
+    def _serve(self) -> None:
+        while True:
+            kernel, job = self._queue.get()
+            address, _ = job.buffer_info()
+            # What a step waits for is written by its own thread alone.
+            kernel(address + 8 * _IGNORED, 0, address)
+            del kernel, job  # else the last arrays would live until the next step
+
+
+_helpers = _Helpers()
+
+
+def _forget_helpers() -> None:
+    global _helpers
+    _helpers = _Helpers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
+def threads() -> int:
+    """How many threads a large step uses: OMNIADAM_NUM_THREADS, or the cores of this process."""
+    return _threads(os.environ.get("OMNIADAM_NUM_THREADS", ""))
+
+
+@cache
+def _threads(setting: str) -> int:
+    if setting:
+        if not setting.isdecimal() or int(setting) < 1:
+            raise ValueError(f"OMNIADAM_NUM_THREADS must be an integer >= 1. Received: {setting!r}")
+        return int(setting)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _run(kernel: jit.Kernel, job: array[int], elements: int) -> None:
+    """Take every chunk of a job through a kernel, and return when all are done."""
+    if elements >= PARALLEL and (helpers := min(threads(), job[_COUNT]) - 1) > 0:
+        _helpers.wake(helpers, kernel, job)
+    address, _ = job.buffer_info()
+    kernel(address + 8 * _RESULT, 0, address)
+    while job[_RESULT] < job[_COUNT]:  # a helper is in the middle of its last chunk
+        time.sleep(0)
+        kernel(address + 8 * _RESULT, 0, address)
+
+
+class SparseRows(NamedTuple):
+    """A gradient that is zero but for some rows: sorted distinct rows, and a row of values each."""
+
+    rows: Int64s
+    values: npt.NDArray[Any]
+
+
+def _dense_chunks(sizes: Sequence[int]) -> Int64s:
+    """Rows of (tensor, offset, length, gradient, gradient offset)."""
+    parts = []
+    for tensor, size in enumerate(sizes):
+        offsets = np.arange(0, size, CHUNK, dtype=np.int64)
+        part = np.empty((len(offsets), 5), np.int64)
+        part[:, 0] = part[:, 3] = tensor
+        part[:, 1] = part[:, 4] = offsets
+        part[:, 2] = np.minimum(CHUNK, size - offsets)
+        parts.append(part)
+    return np.concatenate(parts) if parts else np.empty((0, 5), np.int64)
+
+
+def _sparse_chunks(size: int, rows: SparseRows) -> Int64s:
+    """As `_dense_chunks` for one tensor, where gradient 0 is the rows' values and 1 is zeros.
+
+    Consecutive rows that are used, or not, form runs; a run is cut into chunks.
+    """
+    used, width = rows.rows, math.prod(rows.values.shape[1:])
+    breaks = np.flatnonzero(np.diff(used) != 1) + 1
+    first = used[np.concatenate(([0], breaks))] if len(used) else used
+    last = used[np.concatenate((breaks - 1, [len(used) - 1]))] if len(used) else used
+    # Runs in order of memory: the gap before each run of used rows, that run, and the last gap.
+    starts = np.zeros(2 * len(first) + 1, np.int64)
+    starts[1::2], starts[2::2] = first * width, (last + 1) * width
+    lengths = np.diff(np.append(starts, size))
+    is_used = np.arange(len(starts)) % 2 == 1
+    base = np.zeros(len(starts), np.int64)
+    base[is_used] = np.concatenate(([0], np.cumsum(lengths[is_used])))[:-1]
+    cuts = -(-lengths // CHUNK)
+    run = np.repeat(np.arange(len(starts)), cuts)
+    within = (np.arange(len(run)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * CHUNK
+    chunks = np.zeros((len(run), 5), np.int64)
+    chunks[:, 1] = starts[run] + within
+    chunks[:, 2] = np.minimum(CHUNK, lengths[run] - within)
+    chunks[:, 3] = ~is_used[run]
+    chunks[:, 4] = np.where(is_used[run], base[run] + within, 0)
+    return chunks
+
+
+def _address(values: npt.NDArray[Any]) -> int:
+    return int(values.ctypes.data)
+
+
+_zeros = np.zeros(CHUNK, np.float64)  # the gradient of unused rows, whatever its type
+
+
+class Sweep:
+    """A pass over flat memory of one element type, prepared once and run at each step.
+
+    Args:
+        kind: what the pass does.
+        rule: the optimizer's rule.
+        dtype: of the variables; float32, float64, float16 or bfloat16.
+        gradient_dtype: of every gradient; likewise.
+        addresses: a row a variable, of the addresses of the variable, its slots, its accumulator
+            and its average, 0 where `kind` has no use for one.
+        sizes: in elements, one a variable.
+        sparse: the rows of the gradient, for a single variable whose gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        dtype: str,
+        gradient_dtype: str,
+        addresses: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        sparse: SparseRows | None = None,
+    ) -> None:
+        self._kernel = partial(_pass_kernel, kind, rule, dtype, gradient_dtype)
+        self._squares = partial(_squares_kernel, kind, gradient_dtype, dtype)
+        self._elements = sum(sizes)
+        self._chunks = _sparse_chunks(sizes[0], sparse) if sparse else _dense_chunks(sizes)
+        self._addresses = np.array(addresses, np.int64)
+        self._accumulators = np.ascontiguousarray(self._addresses[:, -2])
+        # A variable without elements has no chunk and must not take its neighbour's sum.
+        self._first_chunk = np.searchsorted(self._chunks[:, 0], np.arange(len(sizes) + 1)).tolist()
+        self._sources = array("q", [_address(sparse.values), _address(_zeros)]) if sparse else None
+        self._job = array("q", [0] * _WORDS)
+        self._job[_ADDRESSES] = _address(self._addresses)
+        self._job[_CHUNKS] = _address(self._chunks)
+        self._job[_COUNT] = len(self._chunks)
+
+    def _prepared(
+        self,
+        gradients: array[int],
+        factors: array[float],
+        rule_c: array[float],
+        pass_c: array[float],
+    ) -> array[int]:
+        job = self._job[:]  # each run has its own counters: a helper may come late to an old one
+        job[_GRADIENTS] = (self._sources or gradients).buffer_info()[0]
+        job[_FACTORS] = factors.buffer_info()[0]
+        job[_RULE] = rule_c.buffer_info()[0]
+        job[_PASS] = pass_c.buffer_info()[0]
+        return job
+
+    def run(
+        self,
+        gradients: array[int],
+        factors: array[float],
+        rule_c: array[float],
+        pass_c: array[float],
+    ) -> None:
+        """Update the variables.
+
+        Args:
+            gradients: an address a variable; not used if the gradient is sparse, or if there is
+                none.
+            factors: what each gradient is multiplied by, if the pass clips by a factor.
+            rule_c: the rule's coefficients, four of them.
+            pass_c: the fields of `PassCoefficients`.
+        """
+        _run(self._kernel(), self._prepared(gradients, factors, rule_c, pass_c), self._elements)
+
+    def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
+        """The sum of squares of each gradient, unscaled and averaged, in double precision."""
+        job = self._prepared(gradients, pass_c, pass_c, pass_c)
+        partials = array("d", bytes(8 * len(self._chunks)))
+        job[_ADDRESSES] = _address(self._accumulators)
+        job[_PARTIALS] = partials.buffer_info()[0]
+        _run(self._squares(), job, self._elements)
+        # In the order of memory, so that a sum does not depend on who computed which chunk.
+        return [sum(partials[start:stop]) for start, stop in pairwise(self._first_chunk)]

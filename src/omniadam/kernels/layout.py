@@ -1,0 +1,326 @@
+"""Which memory goes through which kernel.
+
+Flat memory of one element type goes through one kernel in one call. Strided memory goes through
+the same kernel in buffers of bounded size, so that no array of a variable's size is ever made.
+Without Numba everything goes through such buffers, and the rule runs on NumPy's own functions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import rule as arithmetic
+from ..rule import Pass, RuleKey
+from . import cpu
+from .cpu import SparseRows, Sweep
+
+Array = npt.NDArray[Any]
+
+_NO_DOUBLES = array("d", [0.0] * 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """The arrays of one variable. `dtype` says what a uint16 array holds: bfloat16, or float16."""
+
+    dtype: str
+    variable: Array
+    slots: tuple[Array, ...] = ()
+    accumulator: Array | None = None
+    average: Array | None = None
+
+    def streams(self, kind: Pass) -> list[Array | None]:
+        """What a pass touches beside the gradient, None for what it does not."""
+        return [
+            self.variable,
+            *(self.slots if kind.updates else [None] * len(self.slots)),
+            self.accumulator if kind.accumulated else None,
+            self.average if kind.averaged else None,
+        ]
+
+
+def stored(values: Array) -> Array:
+    """The memory of an array: float16 as the uint16 that kernels read, others as they are."""
+    return values.view(np.uint16) if values.dtype == np.float16 else values
+
+
+def is_flat(values: Array) -> bool:
+    """Whether the elements lie densely in memory, in whatever order of the axes."""
+    return values.flags.c_contiguous or values.strides == np.empty_like(values).strides
+
+
+def same_order(a: Array, b: Array) -> bool:
+    """Whether two flat arrays of one shape have their elements in the same order."""
+    return [s // a.itemsize for s, n in zip(a.strides, a.shape, strict=True) if n > 1] == [
+        s // b.itemsize for s, n in zip(b.strides, b.shape, strict=True) if n > 1
+    ]
+
+
+def _addresses(streams: Sequence[Array | None]) -> list[int]:
+    return [0 if each is None else each.ctypes.data for each in streams]
+
+
+class Plan:
+    """A pass over some operands whose gradients are flat, in the operands' own types.
+
+    The kernels are grouped by element type and by whether weight decay applies.
+    """
+
+    def __init__(
+        self, kind: Pass, rule: RuleKey, operands: Sequence[Operand], decayed: Sequence[bool]
+    ) -> None:
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for i, (operand, is_decayed) in enumerate(zip(operands, decayed, strict=True)):
+            groups.setdefault((operand.dtype, kind.decayed and is_decayed), []).append(i)
+        self._groups = [
+            (
+                indices,
+                Sweep(
+                    kind._replace(decayed=is_decayed),
+                    rule,
+                    dtype,
+                    dtype,
+                    [_addresses(operands[i].streams(kind)) for i in indices],
+                    [operands[i].variable.size for i in indices],
+                ),
+            )
+            for (dtype, is_decayed), indices in groups.items()
+        ]
+
+    def run(
+        self,
+        gradients: array[int],
+        factors: array[float],
+        rule_c: array[float],
+        pass_c: array[float],
+    ) -> None:
+        """As `Sweep.run`, with an address and a factor an operand."""
+        if len(self._groups) == 1:
+            self._groups[0][1].run(gradients, factors, rule_c, pass_c)
+            return
+        for indices, sweep in self._groups:
+            sweep.run(_chosen(gradients, indices), _chosen(factors, indices), rule_c, pass_c)
+
+    def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
+        """As `Sweep.square_sums`, in the order of the operands."""
+        if len(self._groups) == 1:
+            return self._groups[0][1].square_sums(gradients, pass_c)
+        sums = [0.0] * sum(len(indices) for indices, _ in self._groups)
+        for indices, sweep in self._groups:
+            part = sweep.square_sums(_chosen(gradients, indices), pass_c)
+            for i, value in zip(indices, part, strict=True):
+                sums[i] = value
+        return sums
+
+
+def _chosen(values: array[Any], indices: list[int]) -> array[Any]:
+    return array(values.typecode, [values[i] for i in indices]) if values else values
+
+
+def _buffers(
+    streams: Sequence[Array | None],
+    stored: Sequence[bool],
+    size: int,
+    dtypes: Sequence[Any],
+) -> Iterator[list[Array | None]]:
+    """The streams in flat pieces of at most `size` elements, written back where `stored`."""
+    present = [i for i, each in enumerate(streams) if each is not None]
+    iterator = np.nditer(  # type: ignore[call-overload]
+        [streams[i] for i in present],
+        flags=["external_loop", "buffered", "zerosize_ok"],
+        op_flags=[["readwrite" if stored[i] else "readonly", "contig", "aligned"] for i in present],
+        op_dtypes=[dtypes[i] for i in present],
+        casting="unsafe",  # only a gradient has another type than it is read as
+        buffersize=size,
+    )
+    with iterator:
+        if iterator.itersize == 0:
+            return
+        for pieces in iterator:
+            found: list[Array | None] = [None] * len(streams)
+            for i, piece in zip(present, pieces if len(present) > 1 else (pieces,), strict=True):
+                found[i] = piece
+            yield found
+
+
+class Odd:
+    """A pass over one operand that no `Plan` can take: strided memory, a gradient of another
+    element type or order, sparse rows, or no Numba.
+    """
+
+    def __init__(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        operand: Operand,
+        gradient: Array | SparseRows | None,
+        gradient_dtype: str,
+    ) -> None:
+        self._kind, self._rule, self._operand = kind, rule, operand
+        self._gradient_dtype = gradient_dtype
+        self._compiled = cpu.available()
+        self._dense: Array | None = None
+        sparse: SparseRows | None = None
+        if not isinstance(gradient, SparseRows):
+            self._dense = gradient
+        elif self._compiled and operand.variable.flags.c_contiguous:
+            sparse = gradient
+        else:
+            self._dense = np.zeros(operand.variable.shape, gradient.values.dtype)
+            self._dense[gradient.rows] = gradient.values
+        self._sweep: Sweep | None = None
+        if sparse is not None or compiled_for(operand.variable, self._dense):
+            self._address = array("q", _addresses([self._dense]))
+            self._sweep = self._over(operand.streams(kind), operand.variable.size, sparse)
+
+    def _over(
+        self, streams: Sequence[Array | None], size: int, sparse: SparseRows | None = None
+    ) -> Sweep:
+        return Sweep(
+            self._kind,
+            self._rule,
+            self._operand.dtype,
+            self._gradient_dtype,
+            [_addresses(streams)],
+            [size],
+            sparse,
+        )
+
+    def _pieces(self) -> Iterator[tuple[list[Array | None], Array | None]]:
+        kind, operand = self._kind, self._operand
+        streams = [*operand.streams(kind), self._dense]
+        stored = [each is not None for each in streams]
+        stored[0], stored[-1] = kind.stores_variable, False
+        dtypes = [None if each is None else each.dtype for each in streams]
+        for *pieces, gradient in _buffers(
+            streams,
+            stored,
+            cpu.CHUNK * (8 if self._compiled else 2),
+            dtypes,
+        ):
+            yield pieces, gradient
+
+    def run(self, factors: array[float], rule_c: array[float], pass_c: array[float]) -> None:
+        """As `Sweep.run` for this operand."""
+        if self._sweep is not None:
+            self._sweep.run(self._address, factors, rule_c, pass_c)
+        elif self._compiled:
+            for pieces, gradient in self._pieces():
+                sweep = self._over(pieces, pieces[0].size)  # type: ignore[union-attr]
+                at = array("q", [0 if gradient is None else gradient.ctypes.data])
+                sweep.run(at, factors, rule_c, pass_c)
+        else:
+            element = _on_numpy(self._kind, self._rule, self._operand.dtype)
+            factor = factors[0] if factors else 1.0
+            with np.errstate(all="ignore"):
+                for (w, *rest), gradient in self._pieces():
+                    self._interpret(element, w, rest, gradient, factor, rule_c, pass_c)
+
+    def _interpret(
+        self,
+        element: Any,
+        w: Any,
+        rest: list[Any],
+        gradient: Any,
+        factor: float,
+        rule_c: array[float],
+        pass_c: array[float],
+    ) -> None:
+        *slots, accumulator, average = rest
+        real = np.dtype(cpu.ARITHMETIC[self._operand.dtype])
+        if gradient is not None:
+            gradient = widened(gradient, self._gradient_dtype).astype(real, copy=False)
+        new = element(
+            widened(w, self._operand.dtype),
+            gradient,
+            tuple(slots),
+            accumulator,
+            average,
+            factor,
+            tuple(rule_c),
+            tuple(pass_c),
+        )
+        if self._kind.updates:
+            for slot, value in zip(slots, new[1], strict=True):
+                slot[...] = value
+        if self._kind.accumulated:
+            accumulator[...] = new[2]
+        if self._kind.averaged:
+            average[...] = new[3]
+        if self._kind.stores_variable:
+            w[...] = narrowed(new[0], self._operand.dtype)
+
+    def square_sum(self, pass_c: array[float]) -> float:
+        """As `Sweep.square_sums` for this operand."""
+        if self._sweep is not None:
+            return self._sweep.square_sums(self._address, pass_c)[0]
+        total = 0.0
+        gradient_of = arithmetic.make_gradient(self._kind)
+        for (*_, accumulator, _), gradient in self._pieces():
+            real = np.dtype(cpu.ARITHMETIC[self._operand.dtype])
+            with np.errstate(all="ignore"):
+                assert gradient is not None
+                g = widened(gradient, self._gradient_dtype).astype(real, copy=False)
+                g = gradient_of(g, accumulator, tuple(pass_c)).astype(np.float64, copy=False)
+                total += float(np.dot(g, g))
+        return total
+
+
+def widened(values: Array, dtype: str) -> Array:
+    """The floats that stored values stand for, in the type that is computed in."""
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "float16":
+        return values.view(np.float16).astype(np.float32)
+    return values
+
+
+def narrowed(values: Array, dtype: str) -> Array:
+    """The stored form of floats, rounded to nearest, ties to even."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        kept = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> 16
+        return np.where(np.isnan(values), np.uint32(0x7FC0), kept).astype(np.uint16)
+    if dtype == "float16":
+        return np.asarray(values, np.float32).astype(np.float16).view(np.uint16)
+    return values
+
+
+def _on_numpy(kind: Pass, rule: RuleKey, dtype: str) -> Callable[..., Any]:
+    return arithmetic.make_element(
+        kind,
+        rule.bind(np.sqrt, np.maximum),
+        arithmetic.make_gradient(kind),
+        minimum=np.minimum,
+        maximum=np.maximum,
+        where=np.where,
+        rounded=lambda x: widened(narrowed(x, dtype), dtype),
+    )
+
+
+def compiled_for(variable: Array, gradient: Array | None) -> bool:
+    """Whether a `Plan` takes a variable with a gradient of the same element type."""
+    if not cpu.available() or not variable.flags.aligned or not is_flat(variable):
+        return False
+    return gradient is None or (
+        gradient.flags.aligned and is_flat(gradient) and same_order(gradient, variable)
+    )
+
+
+def is_injective(values: Array) -> bool:
+    """Whether no two elements of a view lie at the same address."""
+    if values.flags.c_contiguous or values.flags.f_contiguous:
+        return True
+    axes = sorted((abs(s), n) for s, n in zip(values.strides, values.shape, strict=True) if n > 1)
+    reach = values.itemsize
+    for stride, n in axes:
+        if stride < reach:
+            return False
+        reach = stride * (n - 1) + reach
+    return True

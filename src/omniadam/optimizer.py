@@ -1,0 +1,1198 @@
+"""The surface of a Keras 3 optimizer, and the order of one step."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from . import options, schedules
+from .backends import Backend, backend_of, supported
+from .backends.base import Entry, Selection, received
+from .options import Option
+from .rule import Pass, PassCoefficients, RuleKey, clip_factor, clip_factor_global
+
+Array = npt.NDArray[Any]
+
+
+class Optimizer:
+    """Base class of optimizers: everything but the arithmetic of one rule.
+
+    A subclass gives its arithmetic in one of two ways. `Adam` gives a `_rule`, which is compiled
+    and fused with everything else that a step does. A subclass written for Keras overrides
+    `build` and `update_step`, and runs unchanged, variable by variable.
+
+    Args:
+        learning_rate: a number >= 0, a `LearningRateSchedule` (of `omniadam.schedules` or of
+            Keras), or a callable without arguments that returns the rate, called at each step.
+        weight_decay: number >= 0, or None. Decoupled: w <- w - w * weight_decay * learning_rate
+            before the update.
+        clipnorm: number > 0, or None. The gradient of each variable is scaled down to have at
+            most this Euclidean norm.
+        clipvalue: number > 0, or None. Each element of a gradient is clipped to +- this value.
+        global_clipnorm: number > 0, or None. All gradients are scaled down together so that the
+            norm over all of them is at most this.
+        use_ema: whether to keep an exponential moving average of each variable.
+        ema_momentum: 0 <= number <= 1; average <- momentum * average + (1 - momentum) * w.
+        ema_overwrite_frequency: integer >= 1, or None: every so many `iterations` the variables
+            are overwritten by their averages. With None, `finalize_variable_values` does it.
+        loss_scale_factor: number > 0, or None. `scale_loss` multiplies by it, and gradients are
+            divided by it.
+        gradient_accumulation_steps: integer >= 2, or None. Variables change on every n-th call
+            only, by the mean of the gradients of n calls.
+        name: name of the optimizer.
+
+    Raises:
+        ValueError: if a setting is out of its range, or more than one clip is set.
+    """
+
+    weight_decay = Option(options.weight_decay)
+    clipnorm = Option(options.threshold)
+    clipvalue = Option(options.threshold)
+    global_clipnorm = Option(options.threshold)
+    use_ema = Option(options.boolean, structural=True)
+    ema_momentum = Option(options.momentum)
+    ema_overwrite_frequency = Option(options.whole(1))
+    loss_scale_factor = Option(options.scale)
+    gradient_accumulation_steps = Option(options.whole(2), structural=True)
+    name = Option(options.text)
+
+    # What `get_config` holds beside the learning rate; a subclass adds its own.
+    _option_names: ClassVar[tuple[str, ...]] = (
+        "name",
+        "weight_decay",
+        "clipnorm",
+        "global_clipnorm",
+        "clipvalue",
+        "use_ema",
+        "ema_momentum",
+        "ema_overwrite_frequency",
+        "loss_scale_factor",
+        "gradient_accumulation_steps",
+    )
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        weight_decay: Any = None,
+        clipnorm: Any = None,
+        clipvalue: Any = None,
+        global_clipnorm: Any = None,
+        use_ema: bool = False,
+        ema_momentum: Any = 0.99,
+        ema_overwrite_frequency: Any = None,
+        loss_scale_factor: Any = None,
+        gradient_accumulation_steps: Any = None,
+        name: str | None = None,
+    ) -> None:
+        self.built = False
+        self._backend: Backend | None = None
+        self._entries: tuple[Entry, ...] = ()
+        self._index: dict[int, int] = {}  # id of a variable -> position of its entry
+        self._selections: dict[tuple[int, ...], Selection] = {}
+        self._recent: Selection | None = None
+        self._passes: tuple[Pass, Pass, Pass] | None = None
+        self._excluded_variables: list[Any] = []
+        self._excluded_names: tuple[str, ...] = ()
+        self._excluded_exact: tuple[str, ...] = ()
+        self._restored: _Restored | None = None
+        # The state in the order of its creation, which is the order of Keras's files.
+        self._iteration: Any = np.zeros((), np.int64)
+        self._state: list[tuple[str, Any]] = [("iteration", self._iteration)]
+        options.check_clips(
+            {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
+        )
+        self.weight_decay = weight_decay
+        self.clipnorm, self.clipvalue = clipnorm, clipvalue
+        self.global_clipnorm = global_clipnorm
+        self.use_ema, self.ema_momentum = use_ema, ema_momentum
+        self.ema_overwrite_frequency = ema_overwrite_frequency
+        self.loss_scale_factor = loss_scale_factor
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.name = type(self).__name__.lower() if name is None else name
+        self._learning_rate: Any = None
+        self._schedule: Callable[[Any], Any] | None = None
+        self._set_learning_rate(learning_rate)
+
+    # --- settings ---
+
+    def _settings_changed(self, name: str) -> None:
+        self._passes = None
+        if name in options.CLIPS:
+            held = self.__dict__
+            if held[name] is not None and sum(held.get(n) is not None for n in options.CLIPS) > 1:
+                rejected = {n: held.get(n) for n in options.CLIPS}
+                held[name] = None
+                options.check_clips(rejected)
+
+    def _set_learning_rate(self, value: Any) -> None:
+        if _is_schedule(value):
+            self._schedule, self._learning_rate = value, None
+        elif callable(value):
+            self._schedule, self._learning_rate = None, value
+        else:
+            rate = options.rate("learning_rate", value)
+            self._schedule, self._learning_rate = None, self._create(np.array(rate, np.float64))
+        self._state = [each for each in self._state if each[0] != "learning_rate"]
+        if self._schedule is None and not callable(self._learning_rate):
+            self._state.insert(1, ("learning_rate", self._learning_rate))
+
+    def _create(self, value: Array) -> Any:
+        return value if self._backend is None else self._backend.create(value)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The present rate: of the schedule at the present step, of the callable, or the number.
+
+        Settable, to a number, a schedule or a callable, unless the optimizer was made with a
+        schedule: then setting a number raises TypeError.
+        """
+        if self._schedule is not None:
+            return self._schedule(self._calls())
+        if callable(self._learning_rate):
+            return self._learning_rate()
+        return self._read(self._learning_rate)
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        is_number = not _is_schedule(value) and not callable(value)
+        if is_number and self._schedule is not None:
+            raise TypeError(
+                "This optimizer was created with a `LearningRateSchedule` as its `learning_rate`, "
+                f"so it cannot be set to a number. Received: {value!r}. Set another schedule, or "
+                "create the optimizer with a number."
+            )
+        if is_number and self._learning_rate is not None and not callable(self._learning_rate):
+            self._assign(self._learning_rate, options.rate("learning_rate", value))
+        else:
+            self._set_learning_rate(value)
+
+    @property
+    def iterations(self) -> Any:
+        """How often the variables were updated: calls // `gradient_accumulation_steps`."""
+        n = self.gradient_accumulation_steps
+        return self._calls() // n if n else self._calls()
+
+    def _calls(self) -> Any:
+        return self._read(self._iteration)
+
+    def _read(self, scalar: Any) -> Any:
+        return scalar.item() if self._backend is None else self._backend.value(scalar)
+
+    def _assign(self, variable: Any, value: Any) -> None:
+        if self._backend is None:
+            variable[...] = value
+        else:
+            self._backend.assign(variable, value)
+
+    # --- building ---
+
+    @property
+    def _rule(self) -> RuleKey | None:
+        """The rule that is fused into the step; None if `update_step` is the rule."""
+        return None
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether a step runs the rule itself; no, if a subclass overrides `update_step`."""
+        return False
+
+    def build(self, variables: Any) -> None:
+        """Create the state for these variables; the first `apply` does it otherwise.
+
+        Args:
+            variables: list of variables of one library, or a mapping from names to them. Names
+                are what state is kept under and what `exclude_from_weight_decay` matches.
+
+        Raises:
+            TypeError, ValueError: if a variable cannot be trained, shares memory with another, or
+                is of another library than the first; or if the optimizer was built with others.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> opt = Adam()
+            >>> opt.build({"dense/kernel": np.zeros((2, 3)), "dense/bias": np.zeros(3)})
+            >>> [name for name in opt.named_variables()][2:4]
+            ['dense_kernel_momentum', 'dense_kernel_velocity']
+        """
+        if self.built:
+            given = _as_list(variables)
+            if [id(v) for v in given] != [id(e.variable) for e in self._entries]:
+                raise ValueError(
+                    f"This optimizer was built with {len(self._entries)} variables: "
+                    f"{_names(self._entries)}. It cannot be built again with others; create a new "
+                    "optimizer for them."
+                )
+            return
+        with self._unbuilt_on_error():
+            self._build(*self._described(variables))
+
+    @contextmanager
+    def _unbuilt_on_error(self) -> Iterator[None]:
+        """Take a build back if it fails, or the first step does that it was for."""
+        before = self.__dict__ | {"_state": self._state.copy()}
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _described(self, variables: Any) -> tuple[Backend, tuple[Entry, ...]]:
+        """Entries for variables that may be built on; nothing is changed yet."""
+        given, names = _as_list(variables), None
+        if isinstance(variables, Mapping):
+            names = list(variables)
+            if not all(isinstance(name, str) and name for name in names):
+                raise TypeError(f"Names of variables must be non-empty strings. Received: {names}")
+        if not given:
+            raise ValueError("An optimizer needs at least one variable. Received: none.")
+        kinds = [backend_of(variable) for variable in given]
+        for i, (variable, kind) in enumerate(zip(given, kinds, strict=True)):
+            if kind is None:
+                raise TypeError(
+                    f"Variable {i if names is None else names[i]!r} must be a variable of one of "
+                    f"these libraries: {supported()}. Received: {received(variable)}."
+                )
+        first = kinds[0]
+        assert first is not None
+        for i, kind in enumerate(kinds):
+            if kind is not first:
+                assert kind is not None
+                raise TypeError(
+                    "All variables of an optimizer must be of one library. Received variable 0 of "
+                    f"{first.name} and variable {i} of {kind.name}. Use one optimizer for each."
+                )
+        backend = first()
+        restored = self._restored
+        if names is None:
+            if restored is not None and len(restored.variables) == len(given):
+                names = [name for name, _, _ in restored.variables]
+            else:
+                names = _distinct([backend.name_of(v) or "variable" for v in given])
+        entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
+        seen: dict[int, str] = {}
+        for entry in entries:
+            if id(entry.variable) in seen:
+                raise ValueError(
+                    f"Variables '{seen[id(entry.variable)]}' and '{entry.name}' are the same "
+                    f"object, of shape {entry.shape}. Pass each variable once."
+                )
+            seen[id(entry.variable)] = entry.name
+        backend.check_distinct(entries)
+        if restored is not None:
+            self._check_restored(entries, restored)
+        return backend, entries
+
+    def _check_restored(self, entries: Sequence[Entry], restored: _Restored) -> None:
+        given = tuple((e.name, e.shape, e.dtype) for e in entries)
+        for i, expected in enumerate(restored.variables):
+            if len(given) != len(restored.variables) or given[i] != expected:
+                name, shape, dtype = expected
+                found = given[i] if i < len(given) else "none"
+                raise ValueError(
+                    "The state of this optimizer, from a pickle or a copy, belongs to "
+                    f"{len(restored.variables)} variables, of which number {i} is '{name}' of "
+                    f"shape {shape} and dtype {dtype}. Received {len(given)} variables, of which "
+                    f"number {i} is {found}. Pass all of them in the same order once, with "
+                    "build(variables); afterwards a step may be given fewer."
+                )
+
+    def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
+        self._backend, self._entries, self._selections = backend, entries, {}
+        self._index = {id(entry.variable): i for i, entry in enumerate(entries)}
+        excluded = {id(v) for v in self._excluded_variables}
+        for entry in entries:
+            entry.decayed = not (
+                id(entry.variable) in excluded
+                or entry.name in self._excluded_exact
+                or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
+            )
+        self._state = [(name, self._moved(value)) for name, value in self._state]
+        variables = [entry.variable for entry in entries]
+        if self.use_ema:
+            averages = self.add_optimizer_variables(variables, "average")
+            for entry, average in zip(entries, averages, strict=True):
+                entry.average = average
+        if self.gradient_accumulation_steps:
+            for entry in entries:
+                entry.accumulator = self.add_variable_from_reference(
+                    entry.variable, "gradient_accumulator"
+                )
+        for group in _slot_groups(self._rule):
+            columns = self.add_optimizer_variables(variables, list(group))
+            for entry, slots in zip(entries, zip(*columns, strict=True), strict=True):
+                entry.slots = (*entry.slots, *slots)
+        self.built = True
+
+    def _moved(self, value: Any) -> Any:
+        """A counter that was made before the library was known, as that library's variable."""
+        assert self._backend is not None
+        moved = self._backend.create(value)
+        if value is self._iteration:
+            self._iteration = moved
+        elif value is self._learning_rate:
+            self._learning_rate = moved
+        return moved
+
+    def add_variable(
+        self,
+        shape: Sequence[int],
+        initializer: Any = "zeros",
+        dtype: str | None = None,
+        aggregation: str | None = None,
+        layout: Any = None,
+        name: str | None = None,
+    ) -> Any:
+        """Add a state variable that belongs to no variable of the model.
+
+        Args:
+            shape: tuple of integers.
+            initializer: "zeros", "ones", or a callable `(shape, dtype)` that returns the values.
+            dtype: a float or integer type; float32 if None.
+            aggregation: how replicas combine it, for libraries that distribute variables.
+            layout: where it is placed, likewise.
+            name: what the state is kept under.
+
+        Returns:
+            The variable, of the library of the model's variables.
+
+        Raises:
+            ValueError: before `build`, when that library is not known yet.
+        """
+        if self._backend is None:
+            raise ValueError(
+                "`add_variable` needs to know the library of the model's variables. Call it in "
+                "`build`, after super().build(variables)."
+            )
+        created = self._create(_initial(initializer, tuple(shape), dtype or "float32"))
+        self._track(name or "variable", created)
+        return created
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """Add a state variable of the shape, type and memory layout of a variable of the model.
+
+        Args:
+            reference_variable: one of the variables that the optimizer is built with. The slot of
+                a float16 or bfloat16 variable is float32.
+            name: the state is kept under `{variable's name}_{name}`.
+            initializer: as for `add_variable`.
+
+        Returns:
+            The variable.
+        """
+        entry = self._entry(reference_variable)
+        assert self._backend is not None
+        created = self._backend.zeros(entry, entry.slot_dtype)
+        if not (isinstance(initializer, str) and initializer == "zeros"):
+            self._assign(created, _initial(initializer, entry.shape, entry.slot_dtype))
+        self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name or 'var'}", created)
+        return created
+
+    def add_optimizer_variables(
+        self, trainable_variables: Sequence[Any], name: Any, initializer: Any = "zeros"
+    ) -> Any:
+        """Add one state variable, or one for each of several names, for each variable.
+
+        Args:
+            trainable_variables: the model's variables.
+            name: a name, or a list of names.
+            initializer: one for all names, or a list with one for each.
+
+        Returns:
+            A list with one state variable a variable; for a list of names, a tuple of such lists.
+
+        Raises:
+            ValueError: if there are not as many initializers as names.
+        """
+        names = [name] if isinstance(name, str) else list(name)
+        if isinstance(initializer, (list, tuple)):
+            initializers = list(initializer)
+        else:
+            initializers = [initializer] * len(names)
+        if len(names) != len(initializers):
+            raise ValueError(
+                "There must be one initializer for all names, or one for each. Received "
+                f"{len(names)} names, {names}, and {len(initializers)} initializers."
+            )
+        columns: tuple[list[Any], ...] = tuple([] for _ in names)
+        for variable in trainable_variables:
+            for column, each, start in zip(columns, names, initializers, strict=True):
+                column.append(self.add_variable_from_reference(variable, each, start))
+        return columns[0] if isinstance(name, str) else columns
+
+    def _track(self, name: str, variable: Any) -> None:
+        taken = {each for each, _ in self._state}
+        unique, i = name, 1
+        while unique in taken:
+            unique, i = f"{name}_{i}", i + 1
+        self._state.append((unique, variable))
+        if self._restored is not None:
+            value = self._restored.state.get(unique)
+            if value is None or value.shape != tuple(variable.shape):
+                raise ValueError(
+                    f"The state of this optimizer, from a pickle or a copy, has no '{unique}' of "
+                    f"shape {tuple(variable.shape)}. It has {list(self._restored.state)}. Settings "
+                    "that decide which state is kept cannot be changed."
+                )
+            self._assign(variable, value)
+
+    def _entry(self, variable: Any) -> Entry:
+        return self._entries[self._get_variable_index(variable)]
+
+    def _get_variable_index(self, variable: Any) -> int:
+        found = self._index.get(id(variable))
+        if found is None:
+            raise ValueError(
+                f"Unknown variable: {received(variable)} of shape "
+                f"{getattr(variable, 'shape', 'unknown')}. This optimizer was built with "
+                f"{len(self._entries)} variables: {_names(self._entries)}. It works on these "
+                "objects only; create a new optimizer for others."
+            )
+        return found
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Exclude variables from weight decay; must be called before the optimizer is built.
+
+        Args:
+            var_list: variables to exclude.
+            var_names: strings; a variable is excluded if any of them, as a regular expression,
+                is found in its name.
+
+        Raises:
+            ValueError: if the optimizer is built, or a string is no regular expression.
+
+        Example:
+            >>> from omniadam import AdamW
+            >>> opt = AdamW(1e-3)
+            >>> opt.exclude_from_weight_decay(var_names=["bias", "layer_norm"])
+        """
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay()` must be called before the optimizer is built, which "
+                "the first step does."
+            )
+        names = [var_names] if isinstance(var_names, str) else list(var_names or ())
+        for name in names:
+            try:
+                re.compile(name)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"`var_names` must hold regular expressions. Received: {name!r} ({error})"
+                ) from error
+        self._excluded_variables = [] if var_list is None else _as_list(var_list)
+        self._excluded_names = tuple(names)
+        self._excluded_exact = ()
+
+    # --- a step ---
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
+        """Update variables by their gradients.
+
+        Args:
+            grads_and_vars: pairs (gradient, variable). A gradient has the variable's shape, and
+                any float type; or is None, or sparse (`IndexedSlices`).
+
+        Returns:
+            The number of calls so far, including this one.
+
+        Raises:
+            TypeError: if something is no pair, no trainable variable or no gradient.
+            ValueError: if no pair has a gradient, shapes differ, or a variable is unknown. Nothing
+                has been changed then.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> w = np.array([1.0, 2.0])
+            >>> Adam(learning_rate=0.1).apply_gradients([(np.array([1.0, -1.0]), w)])
+            1
+            >>> w.round(4).tolist()
+            [0.9, 2.1]
+        """
+        try:
+            grads, variables = [], []
+            for gradient, variable in grads_and_vars:
+                grads.append(gradient)
+                variables.append(variable)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "`grads_and_vars` must be an iterable of pairs (gradient, variable). Received: "
+                f"{received(grads_and_vars)} ({error})."
+            ) from error
+        if not grads:
+            raise ValueError("No gradients provided for any variable: `grads_and_vars` is empty.")
+        self._apply(grads, variables)
+        return self._calls()
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Update variables by a list of gradients, one a variable.
+
+        Args:
+            grads: as in `apply_gradients`. If the list is empty, nothing is done.
+            trainable_variables: the variables; all that the optimizer was built with if None.
+
+        Raises:
+            TypeError, ValueError: as `apply_gradients`; and if the lengths differ, or variables
+                are left out before the optimizer was built.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "`apply(grads)` without variables needs a built optimizer. Call "
+                    "build(variables) first, or pass the variables."
+                )
+            variables = [entry.variable for entry in self._entries]
+        else:
+            variables = list(trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"There must be one gradient a variable. Received {len(grads)} gradients for "
+                f"{len(variables)} variables: {_names(self._entries)}."
+            )
+        self._apply(grads, variables)
+
+    def _apply(self, grads: list[Any], variables: list[Any]) -> None:
+        selection = self._recent
+        if selection is not None:
+            assert self._backend is not None
+            gradients = self._backend.recognise(selection, grads, variables)
+            if gradients is not None:
+                self._step(selection, gradients)
+                return
+        with nullcontext() if self.built else self._unbuilt_on_error():
+            self._step(*self._examined(grads, variables))
+
+    def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
+        """Step 1: every check, and the gradients that are there. Builds if that is still to do."""
+        new = None
+        if self.built:
+            backend = self._backend
+            assert backend is not None
+            entries = [self._entry(variable) for variable in variables]
+            if len({id(entry) for entry in entries}) != len(entries):
+                raise ValueError(
+                    f"A variable is given twice in one step. Received: {_names(entries)}."
+                )
+            for entry in self._entries:
+                now = backend.describe(entry.variable, entry.name)
+                if (now.shape, now.dtype) != (entry.shape, entry.dtype):
+                    raise ValueError(
+                        f"Variable '{entry.name}' must stay as it was built, of shape "
+                        f"{entry.shape} and dtype {entry.dtype}. It now has shape {now.shape} and "
+                        f"dtype {now.dtype}. Create a new optimizer for it."
+                    )
+        else:
+            new = self._described(variables)
+            backend, entries = new[0], list(new[1])
+        missing = [e.name for g, e in zip(grads, entries, strict=True) if g is None]
+        if len(missing) == len(entries):
+            raise ValueError(
+                f"No gradients provided for any variable. Received None for all of {missing}."
+            )
+        present = [e for g, e in zip(grads, entries, strict=True) if g is not None]
+        checked = [
+            backend.gradient(g, e) for g, e in zip(grads, entries, strict=True) if g is not None
+        ]
+        if missing:
+            warnings.warn(
+                f"Gradients do not exist for variables {missing}; they are not updated.",
+                stacklevel=4,
+            )
+        if new is not None:
+            self._build_by(variables, *new)
+            present = [self._entry(entry.variable) for entry in present]
+        self._restored = None  # what was pickled or copied is in its variables now
+        self._recent = selection = self._selection(present)
+        return selection, backend.gather(selection, checked)
+
+    def _selection(self, present: Sequence[Entry]) -> Selection:
+        key = tuple(map(id, present))
+        selection = self._selections.get(key)
+        if selection is None:
+            chosen = set(key)
+            rest = tuple(entry for entry in self._entries if id(entry) not in chosen)
+            selection = self._selections[key] = Selection(tuple(present), rest)
+        return selection
+
+    def _build_by(self, variables: list[Any], backend: Backend, entries: tuple[Entry, ...]) -> None:
+        """Build on variables already described, by a subclass's own `build` if it has one."""
+        if type(self).build is Optimizer.build:
+            self._build(backend, entries)
+        else:
+            self.build(variables)
+            if not self.built:
+                raise RuntimeError(
+                    f"{type(self).__name__}.build must call super().build(variables)."
+                )
+
+    def _step(self, selection: Selection, gradients: Any) -> None:
+        """Steps 2 to 9; those that touch every element are `rule.make_element`."""
+        backend = self._backend
+        assert backend is not None
+        step, micro_step, average = self._passes or self._make_passes()
+        rule = self._rule or _no_rule
+        functions = backend.functions
+        calls = backend.value(self._iteration)
+        n = self.gradient_accumulation_steps
+        updates = calls // n if n else calls
+        learning_rate = self._rate(calls)
+        pass_c = self._pass_coefficients(functions, learning_rate, updates)
+
+        def update() -> None:
+            if self._is_fused:
+                rule_c = self._coefficients(functions, learning_rate, updates + 1)
+                factors = self._clip_factors(step, selection, gradients, pass_c)
+                backend.sweep(step, rule, selection, gradients, factors, rule_c, pass_c)
+            else:
+                self._update_each(selection, gradients, learning_rate, step, pass_c)
+            # As in Keras, what had accumulated for a variable that now has no gradient is dropped.
+            for entry in selection.rest if n else ():
+                backend.assign(entry.accumulator, 0.0)
+
+        if n:
+            backend.branch(
+                (calls + 1) % n == 0,
+                update,
+                lambda: backend.sweep(
+                    micro_step, rule, selection, gradients, (), _NO_RULE_C, pass_c
+                ),
+            )
+        else:
+            update()
+        if self.use_ema and selection.rest:
+            backend.sweep(average, rule, selection, gradients, (), _NO_RULE_C, pass_c)
+        backend.assign(self._iteration, calls + 1)
+
+    def _make_passes(self) -> tuple[Pass, Pass, Pass]:
+        average = Pass(
+            gradient=False,
+            averaged=self.use_ema,
+            overwritten=self.use_ema and self.ema_overwrite_frequency is not None,
+        )
+        micro_step = average._replace(
+            gradient=True,
+            scaled=self.loss_scale_factor is not None,
+            accumulated=self.gradient_accumulation_steps is not None,
+        )
+        step = micro_step._replace(
+            updates=True,
+            clipped_by_factor=self.clipnorm is not None or self.global_clipnorm is not None,
+            clipped_by_value=self.clipvalue is not None,
+            decayed=self.weight_decay is not None,
+        )
+        self._passes = step, micro_step, average
+        return self._passes
+
+    def _rate(self, calls: Any) -> Any:
+        if self._schedule is not None:
+            rate = self._schedule(calls)
+        elif callable(self._learning_rate):
+            rate = self._learning_rate()
+        else:
+            assert self._backend is not None
+            return self._backend.value(self._learning_rate)
+        assert self._backend is not None
+        return self._backend.rate(rate)
+
+    def _pass_coefficients(self, functions: Any, rate: Any, updates: Any) -> PassCoefficients:
+        momentum, overwrite = 0.0, 0.0
+        if self.use_ema:
+            # The first average is the variable itself, not a step from zero towards it.
+            momentum = functions.where(updates == 0, 0.0, self.ema_momentum)
+            if self.ema_overwrite_frequency is not None:
+                due = (updates + 1) % self.ema_overwrite_frequency == 0
+                overwrite = functions.where(due, 1.0, 0.0)
+        return PassCoefficients(
+            scale=self.loss_scale_factor or 1.0,
+            steps=float(self.gradient_accumulation_steps or 1),
+            clipvalue=self.clipvalue or 0.0,
+            decay=0.0 if self.weight_decay is None else self.weight_decay * rate,
+            momentum=momentum,
+            one_minus_momentum=1.0 - momentum,
+            overwrite=overwrite,
+        )
+
+    def _coefficients(self, functions: Any, learning_rate: Any, t: Any) -> Sequence[Any]:
+        """What the rule needs beside the arrays at step t = 1, 2, ..."""
+        raise NotImplementedError
+
+    def _clip_factors(
+        self, kind: Pass, selection: Selection, gradients: Any, pass_c: PassCoefficients
+    ) -> Sequence[Any]:
+        if not kind.clipped_by_factor:
+            return ()
+        backend = self._backend
+        assert backend is not None
+        functions = backend.functions
+        squares = Pass(
+            gradient=True, updates=True, scaled=kind.scaled, accumulated=kind.accumulated
+        )
+        rule = self._rule or _no_rule
+        sums = backend.square_sums(squares, rule, selection, gradients, pass_c)
+        if self.clipnorm is not None:
+            threshold = self.clipnorm
+            return [clip_factor(functions, functions.sqrt(each), threshold) for each in sums]
+        factor = clip_factor_global(functions, functions.sqrt(sum(sums)), self.global_clipnorm)
+        return [factor] * len(sums)
+
+    def _update_each(
+        self,
+        selection: Selection,
+        gradients: Any,
+        learning_rate: Any,
+        kind: Pass,
+        pass_c: PassCoefficients,
+    ) -> None:
+        """The step of a subclass that has an `update_step` of its own, variable by variable."""
+        backend = self._backend
+        assert backend is not None
+        factors = self._clip_factors(kind, selection, gradients, pass_c)
+        backend.update_each(
+            kind,
+            selection,
+            gradients,
+            factors,
+            pass_c,
+            lambda gradient, entry: self.update_step(gradient, entry.variable, learning_rate),
+        )
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update one variable by its gradient; nothing is clipped, decayed, averaged or counted.
+
+        Args:
+            gradient: of the variable's shape.
+            variable: one of those the optimizer was built with.
+            learning_rate: a number.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `update_step(gradient, variable, learning_rate)`."
+        )
+
+    def _update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """`update_step` by the rule."""
+        entry, backend, rule = self._entry(variable), self._backend, self._rule
+        assert backend is not None and rule is not None
+        selection = self._selection((entry,))
+        gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
+        rule_c = self._coefficients(
+            backend.functions, backend.rate(learning_rate), self.iterations + 1
+        )
+        step = Pass(gradient=True, updates=True)
+        backend.sweep(step, rule, selection, gradients, (), rule_c, PassCoefficients())
+
+    def assign(self, variable: Any, value: Any) -> None:
+        """Set a variable or state variable to a value of its shape."""
+        self._assign(variable, value)
+
+    def assign_add(self, variable: Any, value: Any) -> None:
+        """Add a value to a variable or state variable."""
+        self._assign(variable, variable + value)
+
+    def assign_sub(self, variable: Any, value: Any) -> None:
+        """Subtract a value from a variable or state variable."""
+        self._assign(variable, variable - value)
+
+    def stateless_apply(
+        self,
+        optimizer_variables: Sequence[Any],
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any],
+    ) -> tuple[list[Any], list[Any]]:
+        """A step as a function: nothing that is passed in changes, nor does the optimizer.
+
+        Args:
+            optimizer_variables: values for `variables`, in that order.
+            grads: one gradient a variable, as in `apply_gradients`.
+            trainable_variables: values for the variables the optimizer was built with.
+
+        Returns:
+            The new `(trainable_variables, optimizer_variables)`.
+
+        Raises:
+            ValueError: if the optimizer is not built, or a list has the wrong length.
+        """
+        if not self.built:
+            raise ValueError(
+                "`stateless_apply` needs a built optimizer. Call build(variables) first."
+            )
+        if len(optimizer_variables) != len(self._state):
+            raise ValueError(
+                f"`optimizer_variables` must have one value for each of the {len(self._state)} "
+                f"`variables` of the optimizer. Received {len(optimizer_variables)}."
+            )
+        if len(trainable_variables) != len(self._entries):
+            raise ValueError(
+                "`trainable_variables` must have one value for each of the "
+                f"{len(self._entries)} variables the optimizer was built with. Received "
+                f"{len(trainable_variables)}."
+            )
+        assert self._backend is not None
+        return self._backend.stateless_apply(
+            self, list(optimizer_variables), list(grads), list(trainable_variables)
+        )
+
+    # --- differentiation ---
+
+    def minimize(self, loss: Any, var_list: Any, grad_loss: Any = None) -> Any:
+        """Differentiate a loss and apply the gradients.
+
+        Args:
+            loss: for NumPy a callable with one argument a variable, written with `autograd.numpy`,
+                that returns a real scalar.
+            var_list: the variables; a list, a callable that returns one, or a single variable.
+            grad_loss: what the gradient of the loss itself is taken to be, of its shape; ones if
+                None.
+
+        Returns:
+            As `apply_gradients`.
+
+        Raises:
+            TypeError, ValueError: as `apply_gradients`; or if the loss returns no scalar.
+            ImportError: if the library's differentiation is not installed.
+        """
+        variables = _as_list(var_list() if callable(var_list) else var_list)
+        gradients = self._differentiated(loss, variables, grad_loss, self.scale_loss)
+        return self.apply_gradients(zip(gradients, variables, strict=True))
+
+    def get_gradients(self, loss: Any, params: Any) -> list[Any]:
+        """Gradients of a loss by the library's own differentiation, neither scaled nor clipped.
+
+        Args:
+            loss: as in `minimize`.
+            params: list of variables.
+
+        Returns:
+            A list with one gradient a variable.
+        """
+        return self._differentiated(loss, _as_list(params), None, lambda value: value)
+
+    def _differentiated(
+        self, loss: Any, variables: list[Any], grad_loss: Any, scale: Callable[[Any], Any]
+    ) -> list[Any]:
+        backend = self._backend if self.built else None
+        if backend is None:
+            # Differentiating changes nothing, but an error about the variables should come first.
+            backend = self._described(variables)[0]
+        return backend.differentiate(loss, variables, grad_loss, scale)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times `loss_scale_factor`, to differentiate; the step divides by it again."""
+        return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Overwrite variables by their moving averages, at the end of training.
+
+        Args:
+            var_list: variables that the optimizer was built with. Without `use_ema` nothing is
+                done.
+
+        Raises:
+            ValueError: if a variable is unknown.
+        """
+        if not self.use_ema:
+            return
+        entries = [self._entry(variable) for variable in _as_list(var_list)]
+        if self._calls() == 0:
+            raise ValueError("There is no moving average before the first step.")
+        for entry in entries:
+            self._assign(entry.variable, entry.average)
+
+    # --- state ---
+
+    @property
+    def variables(self) -> list[Any]:
+        """The state: iteration, learning rate (if it is a number), averages, accumulators, slots.
+
+        These are the variables themselves, not copies.
+        """
+        return [variable for _, variable in self._state]
+
+    @property
+    def weights(self) -> list[Any]:
+        """The same as `variables`."""
+        return self.variables
+
+    def named_variables(self) -> dict[str, Any]:
+        """The state by name, in the order of `variables`: Keras's names.
+
+        A slot is called `{name of the variable, / as _}_{momentum | velocity | velocity_hat |
+        average | gradient_accumulator}`.
+        """
+        return dict(self._state)
+
+    def get_weights(self) -> list[Array]:
+        """Copies of `variables` as NumPy arrays; bfloat16 has none and its slots are float32."""
+        return list(self._saved().values())
+
+    def _saved(self) -> dict[str, Array]:
+        """Copies of the state by name, and of what still waits for the variables it is for."""
+        read = np.array if self._backend is None else self._backend.numpy
+        saved = {name: read(value) for name, value in self._state}
+        if self._restored is not None:
+            for name, value in self._restored.state.items():
+                saved.setdefault(name, np.array(value))
+        return saved
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set the state to values as `get_weights` returns, of this or another library.
+
+        Args:
+            weights: one array for each of `variables`, of its shape; floats where it holds floats.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the number of arrays, a shape or a type
+                is wrong. Nothing has been changed then.
+        """
+        if not self.built:
+            raise ValueError(
+                "`set_weights` needs a built optimizer, whose state has its shapes. Call "
+                "build(variables) first."
+            )
+        weights = list(weights)
+        if len(weights) != len(self._state):
+            raise ValueError(
+                f"`set_weights` needs {len(self._state)} arrays, one for each of "
+                f"{[name for name, _ in self._state]}. Received {len(weights)}."
+            )
+        assert self._backend is not None
+        arrays = [_host(weight) for weight in weights]
+        for (name, variable), value in zip(self._state, arrays, strict=True):
+            held = self._backend.numpy(variable)
+            is_count = held.dtype.kind in "iu"
+            fits = value.dtype.kind in ("iu" if is_count else "fiu") or (
+                is_count and value.dtype.kind == "f" and bool(np.all(value == np.floor(value)))
+            )
+            if value.shape != held.shape or not fits:
+                raise ValueError(
+                    f"State variable '{name}' has shape {held.shape} and dtype {held.dtype}. "
+                    f"Received shape {value.shape} and dtype {value.dtype}."
+                )
+        for (_, variable), value in zip(self._state, arrays, strict=True):
+            self._backend.assign(variable, value)
+        self._restored = None
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.
+
+        Args:
+            store: a dict, an `h5py.Group`, or anything that takes item assignment.
+        """
+        for i, value in enumerate(self.get_weights()):
+            store[str(i)] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read state that `save_own_variables` wrote, here or in Keras.
+
+        Args:
+            store: a mapping with keys "0", "1", ...
+
+        Raises:
+            ValueError: if it does not fit the optimizer. (Keras warns and goes on without.)
+        """
+        keys = sorted(store.keys(), key=lambda key: int(key) if key.isdecimal() else -1)
+        if keys != [str(i) for i in range(len(self._state))]:
+            hint = "" if self.built else " Call build(variables) first."
+            raise ValueError(
+                f"The store must have the keys '0' to '{len(self._state) - 1}', the state of "
+                f"optimizer '{self.name}'. Received {len(keys)} keys: {keys[:8]}.{hint}"
+            )
+        if not self.built and len(keys) > 0:
+            raise ValueError("`load_own_variables` needs a built optimizer. Call build(variables).")
+        self.set_weights([np.asarray(store[key]) for key in keys])
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, serializable; `from_config` makes the same optimizer, without its state.
+
+        Raises:
+            ValueError: if variables without names were excluded from weight decay and the
+                optimizer is not built, so that there is no way to say which they are.
+        """
+        config: dict[str, Any] = {"learning_rate": self._serialized_rate()}
+        config |= {name: getattr(self, name) for name in self._option_names}
+        exact = self._excluded_by_name()
+        if self._excluded_names or exact:
+            config["exclude_from_weight_decay"] = {
+                "var_names": list(self._excluded_names),
+                "variables": list(exact),
+            }
+        return config
+
+    def _excluded_by_name(self) -> tuple[str, ...]:
+        """The names of the variables that are excluded from weight decay one by one."""
+        if self._excluded_variables and not self.built:
+            raise ValueError(
+                "Variables were excluded from weight decay by `var_list`, which a config, a pickle "
+                "or a copy holds by their names. Build the optimizer first, or exclude by "
+                "`var_names`."
+            )
+        excluded = {id(variable) for variable in self._excluded_variables}
+        names = [entry.name for entry in self._entries if id(entry.variable) in excluded]
+        return (*self._excluded_exact, *names)
+
+    def _serialized_rate(self) -> Any:
+        if self._schedule is not None:
+            return schedules.serialize(self._schedule)
+        if callable(self._learning_rate):
+            return self._learning_rate
+        return float(self._read(self._learning_rate))
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """An optimizer with the settings of `get_config()`.
+
+        Args:
+            config: a dictionary; it is not changed.
+            custom_objects: classes of schedules by name, where they are the user's own.
+
+        Raises:
+            ValueError: if it holds a setting that the class does not have.
+        """
+        config = dict(config)
+        excluded = config.pop("exclude_from_weight_decay", None)
+        rate = config.get("learning_rate")
+        if isinstance(rate, Mapping):
+            config["learning_rate"] = schedules.deserialize(rate, custom_objects)
+        try:
+            optimizer = cls(**config)
+        except TypeError as error:
+            raise ValueError(f"The config does not fit {cls.__name__}: {error}") from error
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
+            optimizer._excluded_exact = tuple(excluded["variables"])
+        return optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings and the state, without the variables it is for.
+
+        What is unpickled or copied takes up the variables of its next `build` or step, which must
+        have the same names and shapes in the same order.
+        """
+        state = self.__dict__.copy()
+        held = tuple((e.name, e.shape, e.dtype) for e in self._entries) or (
+            self._restored.variables if self._restored else ()
+        )
+        saved = self._saved()
+        counters = {name: saved.pop(name) for name, _ in self._state[:2] if name in _COUNTERS}
+        state |= {
+            "built": False,
+            "_backend": None,
+            "_entries": (),
+            "_index": {},
+            "_selections": {},
+            "_recent": None,
+            "_passes": None,
+            "_excluded_variables": [],
+            "_excluded_exact": self._excluded_by_name(),
+            "_restored": _Restored(held, saved) if held else None,
+            "_state": list(counters.items()),
+        }
+        return state | {f"_{name}": value for name, value in counters.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({settings})"
+
+
+_COUNTERS = ("iteration", "learning_rate")
+_NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
+
+
+def _make_nothing(sqrt: Any, maximum: Any) -> Any:
+    return lambda w, g, slots, c: (w, slots)
+
+
+# Micro-steps and averages of a subclass with its own `update_step` need no arithmetic of a rule.
+_no_rule = RuleKey(_make_nothing, ())
+
+
+def _slot_groups(rule: RuleKey | None) -> list[tuple[str, ...]]:
+    """Slots are created variable by variable within a group, as Keras does: all but the third
+    of Adam together, since its files have all `velocity_hat`s at the end.
+    """
+    slots = () if rule is None else rule.slots
+    return [group for group in (slots[:2], slots[2:]) if group]
+
+
+def _as_list(variables: Any) -> list[Any]:
+    if isinstance(variables, Mapping):
+        return list(variables.values())
+    if isinstance(variables, (list, tuple)):
+        return list(variables)
+    if backend_of(variables) is not None:
+        return [variables]
+    if isinstance(variables, Iterable) and not isinstance(variables, (str, bytes)):
+        return list(variables)
+    raise TypeError(
+        f"Variables must be given as a list, or a mapping from names. Received: "
+        f"{received(variables)}."
+    )
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    names = [entry.name for entry in entries]
+    return names if len(names) <= 12 else [*names[:12], f"... ({len(names)} in all)"]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Keras's way to tell variables of one name apart: dense, dense_1, dense_2."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        unique, i = name, 1
+        while unique in taken:
+            unique, i = f"{name}_{i}", i + 1
+        taken.add(unique)
+        result.append(unique)
+    return result
+
+
+def _initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    if initializer == "zeros":
+        return np.zeros(shape, dtype)
+    if initializer == "ones":
+        return np.ones(shape, dtype)
+    if callable(initializer):
+        value = np.asarray(initializer(shape, dtype), dtype)
+        if value.shape == shape:
+            return value
+        raise ValueError(f"The initializer must return shape {shape}. Received {value.shape}.")
+    raise ValueError(
+        "`initializer` must be 'zeros', 'ones' or a callable (shape, dtype). Received: "
+        f"{initializer!r}"
+    )
+
+
+def _host(value: Any) -> Array:
+    """A value of any library as a NumPy array."""
+    backend = backend_of(value)
+    return np.asarray(value) if backend is None else backend().numpy(value)
+
+
+def _is_schedule(value: Any) -> bool:
+    """Whether it is a schedule, of ours or of Keras, which is not imported to find out."""
+    return any(base.__name__ == "LearningRateSchedule" for base in type(value).__mro__)
+
+
+class _Restored(NamedTuple):
+    """State from a pickle or a copy, until the variables that it is for are given."""
+
+    variables: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
+    state: dict[str, Array]  # beside the counters

@@ -1,0 +1,142 @@
+"""The constructor's settings: what each may be, and what is said when it is not.
+
+Defaults stand in the signatures of `Adam` and `AdamW`, once each.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+Check = Callable[[str, Any], Any]
+
+
+class Option:
+    """A checked attribute: assigning it, in a constructor or later, checks and converts.
+
+    It has no `__get__`, so that reading it is reading an ordinary attribute.
+
+    Args:
+        check: returns the value to store, or raises.
+        structural: whether it decides which slots exist, so that it cannot change once they do.
+    """
+
+    def __init__(self, check: Check, *, structural: bool = False) -> None:
+        self._check = check
+        self._structural = structural
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    if TYPE_CHECKING:  # an ordinary attribute, and not every checker sees that
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        name, held = self._name, instance.__dict__
+        value = self._check(name, value)
+        if self._structural and held.get("built") and value != held[name]:
+            raise ValueError(
+                f"`{name}` decides which state the optimizer keeps, so it cannot be changed after "
+                f"the optimizer was built. Received: {name}={value!r}, built with {held[name]!r}. "
+                "Create a new optimizer instead."
+            )
+        held[name] = value
+        instance._settings_changed(name)
+
+
+def number(
+    must: str, accepts: Callable[[float], bool], *, optional: bool = False, callable_: bool = False
+) -> Check:
+    """A real number, converted to float: `must` says in words what `accepts` demands."""
+    also = ", or None" if optional else ""
+    also += ", or a callable without arguments that returns one" if callable_ else ""
+
+    def check(name: str, value: Any) -> Any:
+        if (optional and value is None) or (callable_ and callable(value)):
+            return value
+        converted = as_float(value)
+        if converted is None or not accepts(converted):
+            raise ValueError(f"`{name}` must be a number with {must}{also}. Received: {value!r}")
+        return converted
+
+    return check
+
+
+def as_float(value: Any) -> float | None:
+    """A Python float of a real number or an array of one element, else None."""
+    if isinstance(value, (bool, str, bytes, complex)) or value is None:
+        return None
+    if getattr(value, "shape", ()) not in ((), (1,)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def boolean(name: str, value: Any) -> bool:
+    if value in (0, 1) and (isinstance(value, int) or type(value).__name__ == "bool"):
+        return bool(value)
+    raise ValueError(f"`{name}` must be True or False. Received: {value!r}")
+
+
+def whole(minimum: int) -> Check:
+    """An integer of at least `minimum`, or None."""
+
+    def check(name: str, value: Any) -> int | None:
+        if value is None:
+            return None
+        try:
+            converted = operator.index(value)
+        except TypeError:
+            converted = None
+        if converted is None or isinstance(value, bool) or converted < minimum:
+            raise ValueError(
+                f"`{name}` must be an integer >= {minimum}, or None. Received: {value!r}"
+            )
+        return converted
+
+    return check
+
+
+def text(name: str, value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"`{name}` must be a non-empty string. Received: {value!r}")
+
+
+def _fraction(x: float) -> bool:
+    return 0.0 <= x < 1.0
+
+
+def _not_negative(x: float) -> bool:
+    return 0.0 <= x < math.inf
+
+
+def _positive(x: float) -> bool:
+    return x > 0.0
+
+
+rate = number("0 <= value < infinity", _not_negative)
+decay_rate = number("0 <= value < 1", _fraction, callable_=True)
+small_constant = number("0 <= value < infinity", _not_negative, callable_=True)
+weight_decay = number("0 <= value < infinity", _not_negative, optional=True)
+# Infinity is a threshold that never clips.
+threshold = number("value > 0", _positive, optional=True)
+scale = number("0 < value < infinity", lambda x: 0.0 < x < math.inf, optional=True)
+momentum = number("0 <= value <= 1", lambda x: 0.0 <= x <= 1.0)
+
+CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def check_clips(given: dict[str, Any]) -> None:
+    """Raise `ValueError` if more than one way of clipping is set."""
+    if sum(given.get(name) is not None for name in CLIPS) > 1:
+        received = ", ".join(f"{name}={given.get(name)}" for name in CLIPS)
+        raise ValueError(
+            "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
+            f"Received: {received}"
+        )

@@ -1,0 +1,218 @@
+"""Adam on one element: the only arithmetic in the project.
+
+The functions here are written once and bound to a compiler's or a library's own functions: Numba
+compiles them into the CPU kernels, XLA traces them, and NumPy or PyTorch runs them on whole arrays.
+They therefore use nothing but operators and the functions they are given, they hold no number of
+their own (a Python constant would widen float32 in a compiled kernel, so that zero and one arrive
+as coefficients too), and they never branch on a value, only on settings fixed before compilation.
+
+Letters are the paper's (Kingma & Ba 2014, https://arxiv.org/abs/1412.6980); in the public surface
+they have Keras's names:
+
+    w variable    g gradient    m momentum    v velocity    v_hat velocity_hat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+# A value of one element: a scalar inside a kernel, an array elsewhere.
+Value = Any
+Values = tuple[Value, ...]
+# What every rule is: (w, g, slots, coefficients) -> (w, slots).
+Rule = Callable[[Value, Value, Values, Values], tuple[Value, Values]]
+
+
+class Functions(Protocol):
+    """The scalar functions that coefficients are computed with; `math` is the one of the host."""
+
+    def sqrt(self, x: Value, /) -> Value: ...
+    def expm1(self, x: Value, /) -> Value: ...
+    def log(self, x: Value, /) -> Value: ...
+
+
+class AdamCoefficients(NamedTuple):
+    """What Adam's arithmetic needs beside the arrays, once a step."""
+
+    alpha: Value  # learning_rate * sqrt(1 - beta_2**t) / (1 - beta_1**t)
+    one_minus_beta_1: Value
+    one_minus_beta_2: Value
+    epsilon: Value  # "epsilon hat" of the paper, whatever the caller's epsilon was
+
+
+def adam_coefficients(
+    functions: Functions,
+    learning_rate: Value,
+    t: Value,
+    beta_1: Value,
+    beta_2: Value,
+    epsilon: Value,
+    *,
+    epsilon_hat: bool,
+) -> AdamCoefficients:
+    """Coefficients of step t = 1, 2, ... (Kingma & Ba, the form just before Section 2.1).
+
+    With `epsilon_hat=False`, epsilon is the one of Algorithm 1, which PyTorch and optax use:
+    multiplying numerator and denominator by sqrt(1 - beta_2**t) makes it epsilon hat.
+    """
+    # 1 - beta**t by expm1, since beta**t is close to 1 in the first steps and the difference would
+    # cancel where t is traced in float32.
+    correction_1 = -functions.expm1(t * functions.log(beta_1))
+    correction_2 = functions.sqrt(-functions.expm1(t * functions.log(beta_2)))
+    return AdamCoefficients(
+        alpha=learning_rate * correction_2 / correction_1,
+        one_minus_beta_1=1 - beta_1,
+        one_minus_beta_2=1 - beta_2,
+        epsilon=epsilon if epsilon_hat else epsilon * correction_2,
+    )
+
+
+def make_adam(
+    sqrt: Callable[[Value], Value], maximum: Callable[[Value, Value], Value], *, amsgrad: bool
+) -> Rule:
+    """Adam (Kingma & Ba 2014) or, with `amsgrad`, AMSGrad (Reddi et al. 2018, Algorithm 2).
+
+    Slots are (m, v), or (m, v, v_hat) with `amsgrad`; `maximum` must propagate NaN.
+    """
+
+    def adam(w: Value, g: Value, slots: Values, c: Values) -> tuple[Value, Values]:
+        alpha, one_minus_beta_1, one_minus_beta_2, epsilon = c
+        m = slots[0] + (g - slots[0]) * one_minus_beta_1
+        v = slots[1] + (g * g - slots[1]) * one_minus_beta_2
+        if amsgrad:
+            v_hat = maximum(slots[2], v)
+            return w - alpha * m / (sqrt(v_hat) + epsilon), (m, v, v_hat)
+        return w - alpha * m / (sqrt(v) + epsilon), (m, v)
+
+    return adam
+
+
+class RuleKey(NamedTuple):
+    """A rule by what makes it, so that it can be bound to a library, or compiled and cached."""
+
+    make: Callable[..., Rule]  # (sqrt, maximum, **settings) -> rule
+    slots: tuple[str, ...]
+    settings: tuple[tuple[str, bool], ...] = ()
+
+    def bind(self, sqrt: Callable[[Value], Value], maximum: Callable[..., Value]) -> Rule:
+        return self.make(sqrt, maximum, **dict(self.settings))
+
+
+class Pass(NamedTuple):
+    """What one pass over the elements of a variable does: each field is fixed before compilation.
+
+    A pass with `gradient` and `updates` is a step, one with `gradient` alone is a micro-step of
+    gradient accumulation, and one without `gradient` only maintains the moving average.
+    """
+
+    gradient: bool
+    updates: bool = False
+    scaled: bool = False  # loss_scale_factor
+    accumulated: bool = False  # gradient_accumulation_steps
+    clipped_by_factor: bool = False  # clipnorm, global_clipnorm
+    clipped_by_value: bool = False  # clipvalue
+    decayed: bool = False  # weight_decay
+    averaged: bool = False  # use_ema
+    overwritten: bool = False  # ema_overwrite_frequency
+
+    @property
+    def stores_variable(self) -> bool:
+        return self.updates or self.overwritten
+
+
+class PassCoefficients(NamedTuple):
+    """What a pass needs beside the rule's own coefficients, once a step."""
+
+    scale: Value = 1.0
+    steps: Value = 1.0
+    clipvalue: Value = 0.0
+    decay: Value = 0.0  # weight_decay * learning_rate
+    momentum: Value = 0.0
+    one_minus_momentum: Value = 1.0
+    overwrite: Value = 0.0  # 1.0 on the calls that overwrite the variable by its average
+    zero: Value = 0.0
+
+
+def make_gradient(kind: Pass) -> Callable[[Value, Value, Values], Value]:
+    """The gradient that is clipped and applied: unscaled, and the mean of what accumulated."""
+    scaled, averages = kind.scaled, kind.accumulated and kind.updates
+
+    def gradient(g: Value, accumulator: Value, c: Values) -> Value:
+        if scaled:
+            g = g / c[0]
+        if averages:
+            g = (g + accumulator) / c[1]
+        return g
+
+    return gradient
+
+
+def make_element(
+    kind: Pass,
+    rule: Rule,
+    gradient: Callable[[Value, Value, Values], Value],
+    *,
+    minimum: Callable[[Value, Value], Value],
+    maximum: Callable[[Value, Value], Value],
+    where: Callable[[Value, Value, Value], Value],
+    rounded: Callable[[Value], Value],
+) -> Callable[..., tuple[Value, Values, Value, Value]]:
+    """One element through one call of the optimizer, in the order of Keras's base_optimizer.py.
+
+    `gradient` is `make_gradient(kind)`, compiled where that is needed; `rounded` rounds a value to
+    what the variable can store, for float16 and bfloat16, and is the identity elsewhere.
+    """
+    has_gradient, updates, accumulated = kind.gradient, kind.updates, kind.accumulated
+    by_factor, by_value, decayed = kind.clipped_by_factor, kind.clipped_by_value, kind.decayed
+    averaged, overwritten = kind.averaged, kind.overwritten
+
+    def element(
+        w: Value,
+        g: Value,
+        slots: Values,
+        accumulator: Value,
+        average: Value,
+        factor: Value,
+        rule_c: Values,
+        c: Values,
+    ) -> tuple[Value, Values, Value, Value]:
+        if has_gradient:
+            g = gradient(g, accumulator, c)
+            if updates:
+                if accumulated:
+                    accumulator = c[7]  # cleared by assignment: 0 * NaN would stay NaN
+                if by_factor:
+                    g = g * factor
+                if by_value:
+                    g = minimum(maximum(g, -c[2]), c[2])
+                if decayed:
+                    w = w - w * c[3]
+                w, slots = rule(w, g, slots, rule_c)
+                w = rounded(w)
+            else:
+                accumulator = accumulator + g
+        if averaged:
+            average = c[4] * average + c[5] * w
+            if overwritten:
+                w = rounded(where(c[6], average, w))
+        return w, slots, accumulator, average
+
+    return element
+
+
+def clip_factor(functions: Any, norm: Value, threshold: Value) -> Value:
+    """What a gradient of this Euclidean norm is multiplied by to have at most the threshold's.
+
+    1 where it has already, NaN for a NaN norm (Keras `clip_by_norm`).
+    """
+    return threshold / functions.maximum(norm, threshold)
+
+
+def clip_factor_global(functions: Any, norm: Value, threshold: Value) -> Value:
+    """As `clip_factor`, over all gradients together; NaN for an infinite norm too.
+
+    Else one infinity would be hidden by scaling every finite gradient to zero (Keras
+    `clip_by_global_norm`).
+    """
+    return clip_factor(functions, norm, threshold) + (norm - norm)

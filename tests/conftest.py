@@ -1,0 +1,40 @@
+"""Which libraries a run of the tests must have, and one compiled-code cache for all workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+# Before any test module imports it: Keras chooses its backend at import, and the tests of this
+# process use the one without a compiler. Other backends run in subprocesses.
+os.environ.setdefault("KERAS_BACKEND", "numpy")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+
+LIBRARIES = ("autograd", "h5py", "jax", "keras", "optax", "tensorflow", "tf_keras", "torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(library): skipped where the library is missing")
+    if os.environ.get("OMNIADAM_REQUIRE_ALL"):
+        missing = [name for name in LIBRARIES if find_spec(name) is None]
+        if missing:
+            raise pytest.UsageError(
+                f"OMNIADAM_REQUIRE_ALL is set, and these are missing: {missing}"
+            )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for library in mark.args:
+            if find_spec(library) is None:
+                pytest.skip(f"{library} is not installed")
+
+
+@pytest.fixture(params=["numba", "numpy"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways of running the rule on the CPU."""
+    monkeypatch.setenv("OMNIADAM_KERNEL", request.param)
+    yield request.param

@@ -1,0 +1,338 @@
+"""`omniadam train`: what it reaches, what it leaves on disk, and that no interruption shows."""
+
+import inspect
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import omniadam
+
+pytest.importorskip("autograd")
+pytest.importorskip("click")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from autograd import value_and_grad
+from click.testing import CliRunner, Result
+
+from omniadam.cli import checkpoint, digits
+from omniadam.cli.run import SCHEDULES
+from omniadam.cli.train import HYPERPARAMETERS, train
+
+# Four epochs of twelve steps; --schedule-epochs so that a run of two epochs has the same schedule.
+SHORT = ["--batch-size", "128", "--schedule-epochs", "4"]
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(train, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result
+
+
+def trained(output: Path, *arguments: object) -> dict[str, np.ndarray]:
+    result = invoke("--output", output, *arguments)
+    assert result.exit_code == 0, result.output
+    return checkpoint.load(output / "checkpoint.npz")
+
+
+def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def test_the_defaults_learn_the_digits(tmp_path: Path) -> None:
+    result = invoke("--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "test accuracy" in result.stderr and "loss" in result.stderr
+    assert "Test accuracy" in result.stdout and "To try next:" in result.stdout
+
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.npz")
+    model = checkpoint.load(tmp_path / "run" / "model.npz")
+    accuracy = state["history"][-1, 3]
+    assert accuracy >= 0.97
+    assert f"{accuracy:.2%}" in result.stdout
+    assert digits.loss_and_accuracy(list(model.values()), digits.load()[1])[1] == accuracy
+    assert_same_bits(model, {k: state[f"model/{k}"] for k in model})
+
+    picture = (tmp_path / "run" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint.npz",
+        "curves.png",
+        "model.npz",
+    ]
+
+
+def test_every_hyperparameter_is_an_option_with_adams_default() -> None:
+    signature = inspect.signature(omniadam.Adam).parameters
+    assert list(HYPERPARAMETERS) == [name for name in signature if name != "name"]
+    page = invoke("--help").output
+    defaults = {option.name: option.default for option in train.params}
+    for name in HYPERPARAMETERS:
+        assert f"--{name.replace('_', '-')} " in page
+        assert defaults[name] == signature[name].default
+
+
+def test_the_examples_are_fixed_and_the_order_depends_on_seed_and_epoch() -> None:
+    learn, test = digits.load()
+    assert (len(learn), len(test)) == (1437, 360)
+    assert np.ptp(test.digits.sum(axis=0)) <= 3  # of 36 each
+    assert learn.images.dtype == learn.digits.dtype == np.float32
+
+    def order(seed: int, epoch: int) -> bytes:
+        batches = list(digits.batches(learn, 100, seed, epoch))
+        assert [len(batch) for batch in batches] == [100] * 14 + [37]
+        images = np.concatenate([batch.images for batch in batches])
+        assert sorted(map(bytes, images)) == sorted(map(bytes, learn.images))
+        return images.tobytes()
+
+    assert order(0, 3) == order(0, 3)
+    assert len({order(0, 3), order(0, 4), order(1, 3)}) == 3
+
+
+def test_loss_and_gradients_are_float32() -> None:
+    weights = list(digits.initial_parameters(0).values())
+    batch = next(digits.batches(digits.load()[0], 32, 0, 0))
+    loss, gradients = value_and_grad(digits.cross_entropy)(weights, batch)
+    assert loss.dtype == np.float32
+    assert [(g.shape, g.dtype) for g in gradients] == [(w.shape, w.dtype) for w in weights]
+    assert float(loss) == pytest.approx(digits.loss_and_accuracy(weights, batch)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_start_at_the_rate_and_come_down(name: str) -> None:
+    rate = SCHEDULES[name](0.01, 100)
+    if name == "none":
+        assert rate == 0.01
+        return
+    rates = [float(rate(step)) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01)
+    assert 0 <= rates[-1] <= 0.0012
+    SCHEDULES[name](0.01, 1)(0)  # a run of one step has a schedule too
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--use-ema --ema-momentum 0.9 --ema-overwrite-frequency 5 --schedule piecewise",
+        "--gradient-accumulation-steps 5 --loss-scale-factor 1024 --clipvalue 0.01",
+        "--schedule cosine-restarts --amsgrad --weight-decay 0.01 --global-clipnorm 1 --seed 7",
+        "--schedule exponential --use-ema --gradient-accumulation-steps 5 --clipnorm 0.5",
+    ],
+)
+def test_resumed_is_as_never_stopped(options: str, tmp_path: Path) -> None:
+    arguments = [*SHORT, *options.split()]
+    whole = trained(tmp_path / "whole", *arguments, "--epochs", 4)
+    trained(tmp_path / "parts", *arguments, "--epochs", 1)
+    parts = trained(tmp_path / "parts", "--epochs", 4, "--resume")
+    assert_same_bits(parts, whole)
+    for name in ("model.npz", "curves.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_with_ema_the_model_is_the_average_and_the_checkpoint_is_not(tmp_path: Path) -> None:
+    state = trained(tmp_path, *SHORT, "--epochs", 2, "--use-ema")
+    model = checkpoint.load(tmp_path / "model.npz")
+    weights = {name: state[f"model/{name}"] for name in model}
+    assert all((weights[name] != model[name]).any() for name in model)
+    averages = [value for name, value in state.items() if name.startswith("optimizer/")]
+    for value in model.values():
+        assert any(value.tobytes() == average.tobytes() for average in averages)
+    tested = digits.loss_and_accuracy(list(model.values()), digits.load()[1])
+    assert tested == tuple(state["history"][-1, 2:])
+
+
+# The command in its own process, killed where it would give the checkpoint its name the nth time,
+# n being the first argument: all is written then, and still under the temporary name.
+COMMAND = """
+import os, signal, sys
+left, replace = int(sys.argv.pop(1)), os.replace
+def counted(source, target):
+    global left
+    left -= str(target).endswith("checkpoint.npz")
+    replace(source, target) if left else os.kill(os.getpid(), signal.SIGKILL)
+os.replace = counted
+sys.argv[0] = "omniadam"
+from omniadam.cli import main
+main()
+"""
+
+
+def start(output: Path, *arguments: object, killed_at: int = 1000) -> "subprocess.Popen[bytes]":
+    source = str(Path(omniadam.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(killed_at), "train", "--output", str(output)]
+        + [str(argument) for argument in arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_killed_at_the_worst_moments(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", *SHORT, "--epochs", 4)
+    broken = tmp_path / "broken"
+    assert start(broken, *SHORT, "--epochs", 4, killed_at=1).wait(60) == -signal.SIGKILL
+    assert not (broken / "checkpoint.npz").exists()
+
+    process = start(broken, *SHORT, "--epochs", 4, "--resume", killed_at=4)
+    assert process.wait(60) == -signal.SIGKILL
+    state = checkpoint.load(broken / "checkpoint.npz")
+    assert len(state["history"]) == 2  # written before the first step and after two epochs
+    assert len(list(broken.glob(".checkpoint.npz.*.partial"))) == 2
+
+    assert_same_bits(trained(broken, "--resume"), whole)
+    assert_same_bits(trained(broken, "--resume"), whole)  # nothing is left to do: nothing changes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    options = ["--epochs", 30, "--batch-size", 64, "--use-ema", "--schedule", "cosine"]
+    whole = trained(tmp_path / "whole", *options)
+    broken = tmp_path / "broken"
+    file = broken / "checkpoint.npz"
+    moment = random.Random(0)
+    done = []
+    for _ in range(3):
+        before = file.stat().st_mtime_ns if file.exists() else None
+        process = start(broken, *options, "--resume")
+        while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        done.append(len(checkpoint.load(file)["history"]))
+    assert sorted(done) == done and done[0] < 30, done
+    assert_same_bits(trained(broken, "--resume"), whole)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    result = invoke("--output", tmp_path / "run", *SHORT, "--epochs", 1, "--resume")
+    assert result.exit_code == 0
+    assert "starting from the beginning" in result.stdout
+
+
+def test_resume_takes_its_settings_from_the_run(tmp_path: Path) -> None:
+    state = trained(tmp_path, *SHORT, "--epochs", 2, "--beta-1", 0.8)
+    for options, words in {
+        ("--batch-size", 64): "--batch-size is 64, but the run to resume was started with 128",
+        ("--beta-1", 0.9): "--beta-1 is 0.9, but the run to resume was started with 0.8",
+        ("--use-ema",): "--use-ema is True, but the run to resume was started with False",
+        ("--epochs", 1): "--epochs can only be raised",
+        ("--overwrite",): "contradict",
+    }.items():
+        result = invoke("--output", tmp_path, "--resume", *options)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    assert_same_bits(checkpoint.load(tmp_path / "checkpoint.npz"), state)
+    trained(tmp_path, "--resume", "--epochs", 3, "--beta-1", 0.8, "--no-use-ema")
+
+
+def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a folder may hold other things")
+    state = trained(tmp_path, *SHORT, "--epochs", 1)
+    result = invoke("--output", tmp_path, *SHORT, "--epochs", 1, "--seed", 1)
+    assert result.exit_code == 2
+    assert all(option in result.stderr for option in ("--resume", "--overwrite", "--output"))
+    assert_same_bits(checkpoint.load(tmp_path / "checkpoint.npz"), state)
+
+    other = trained(tmp_path, *SHORT, "--epochs", 1, "--seed", 1, "--overwrite")
+    assert json.loads(str(other["settings"]))["seed"] == 1
+    assert (tmp_path / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive"])
+def test_a_damaged_checkpoint_is_an_error_in_a_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.npz").write_bytes(content)
+    result = invoke("--output", tmp_path, "--resume")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Cannot resume from")
+    assert (tmp_path / "checkpoint.npz").read_bytes() == content
+
+
+def test_a_checkpoint_of_another_version_is_an_error_in_a_line(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "checkpoint.npz", {"format": np.array(99)})
+    result = invoke("--output", tmp_path, "--resume")
+    assert result.exit_code == 1
+    assert "another version of omniadam" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--beta-1 1.5", "beta_1"),
+        ("--learning-rate nan", "learning_rate"),
+        ("--learning-rate -1 --schedule cosine", "learning_rate"),
+        ("--epsilon -1e-7", "epsilon"),
+        ("--clipnorm 1 --clipvalue 1", "clip"),
+        ("--weight-decay -0.1", "weight_decay"),
+        ("--gradient-accumulation-steps 0", "gradient_accumulation_steps"),
+        ("--batch-size 0", "--batch-size"),
+        ("--epochs many", "--epochs"),
+        ("--schedule linear", "--schedule"),
+        ("--seed -1", "--seed"),
+    ],
+)
+def test_bad_values_are_usage_errors(options: str, words: str, tmp_path: Path) -> None:
+    result = invoke("--output", tmp_path / "run", *options.split())
+    assert result.exit_code == 2
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path: Path) -> None:
+    result = invoke("--output", tmp_path, *SHORT, "--learning-rate", 1e30)
+    assert result.exit_code == 1
+    assert "diverged" in result.stderr and "--learning-rate" in result.stderr
+    state = checkpoint.load(tmp_path / "checkpoint.npz")
+    assert all(np.isfinite(value).all() for value in state.values() if value.dtype.kind == "f")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = invoke("--output", tmp_path / "file" / "run", *SHORT, "--epochs", 1)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: Cannot write to")
+
+
+def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("omniadam.cli.train.train_to_the_end", interrupt)
+        result = invoke("--output", tmp_path, *SHORT, "--epochs", 1)
+    assert result.exit_code == 130
+    assert f"--output {tmp_path} --resume" in result.stderr
+    trained(tmp_path, "--resume")
+
+
+def test_without_its_libraries_the_command_says_what_to_install() -> None:
+    script = "import sys; sys.modules['click'] = None; from omniadam.cli import main; main()"
+    source = str(Path(omniadam.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "needs click" in result.stderr and "omniadam[demo]" in result.stderr
+    assert "Traceback" not in result.stderr
