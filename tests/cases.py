@@ -110,7 +110,7 @@ def _table() -> dict[str, Case]:
 
 CASES: dict[str, Case] = _table()
 
-# Documented by Keras 3, but raising in Keras 3.15: nothing but the oracle to compare with.
+# What Keras 3.15 raises on, the callables against its own documentation: only the oracle compares.
 BEYOND_KERAS: dict[str, Case] = {
     "callable_beta_1": Case({"beta_1": lambda: 0.8}),
     "callable_beta_2": Case({"beta_2": lambda: 0.95}),

@@ -291,7 +291,7 @@ class Reference:
         # The first iteration starts the average at w, not at 0.
         momentum = self.ema_momentum if self.iterations != 0 else 0.0
         frequency = self.ema_overwrite_frequency
-        overwrites = frequency is not None and (self.iterations + 1) % frequency == 0
+        overwrites = bool(frequency and (self.iterations + 1) % frequency == 0)
         for i, w in enumerate(self.variables):
             average = self.state["average"][i]
             old, new = momentum * average, (1 - momentum) * w

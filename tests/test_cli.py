@@ -4,10 +4,12 @@ import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ from autograd import value_and_grad
 from click.testing import CliRunner, Result
 
 from omniadam.cli import checkpoint, digits
+from omniadam.cli.frameworks import FRAMEWORKS
 from omniadam.cli.run import SCHEDULES
 from omniadam.cli.train import HYPERPARAMETERS, train
 
 # Four epochs of twelve steps; --schedule-epochs so that a run of two epochs has the same schedule.
 SHORT = ["--batch-size", "128", "--schedule-epochs", "4"]
+SOURCE = str(Path(omniadam.__file__).parents[1])
 
 
 def invoke(*arguments: object) -> Result:
@@ -143,6 +147,96 @@ def test_resumed_is_as_never_stopped(options: str, tmp_path: Path) -> None:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_every_installed_library_makes_the_same_run(tmp_path: Path) -> None:
+    """In a process of its own: Keras on a library that compiles, and imports with their noise."""
+    installed = {name for name in FRAMEWORKS if find_spec(name)}
+    below = next(n for n in ("jax", "tensorflow", "torch", "numpy") if n in installed)
+    options = "--framework all --use-ema --ema-momentum 0.5 --schedule cosine --epochs 4"
+    process = subprocess.run(
+        [sys.executable, "-m", "omniadam", "train", "--output", "run", *options.split(), *SHORT],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": SOURCE, "KERAS_BACKEND": below},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    for name in FRAMEWORKS:
+        (row,) = (line for line in lines if line.split(" ")[0] == name)
+        if name not in installed:
+            assert f"{name} is not installed" in row
+            continue
+        title, loss, accuracy, milliseconds, *differences = re.split(r" {2,}", row)
+        assert title.endswith(f" on {below}") == (name == "keras")
+        history = checkpoint.load(tmp_path / "run" / name / "checkpoint.npz")["history"]
+        assert loss == f"{history[-1, 0]:.4f}" and accuracy == f"{history[-1, 3]:.2%}"
+        assert history[-1, 3] > 0.9
+        assert float(milliseconds) > 0
+        assert len(checkpoint.load(tmp_path / "run" / name / "model.npz")) == 6
+        assert (tmp_path / "run" / name / "curves.png").exists()
+        # After twelve steps. Gradients differ by roundings, 1e-7 of their largest, which is about
+        # 1e-2. Where a gradient is no larger than epsilon, 1e-7, that is at most a hundredth of it,
+        # and moves the weight by a hundredth of a step, which is the learning rate, 1e-3.
+        # Another batch or setting anywhere would show as whole steps.
+        assert name == "numpy" or float(differences[0]) <= 1e-5
+    said = re.split(r"[\r\n]+", process.stderr)
+    assert [line for line in said if line and "step" not in line] == []  # progress bars alone
+
+
+def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "jax", "tensorflow", "keras"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = invoke("--output", tmp_path, "--framework", "torch")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "Error: torch is not installed: pip install 'omniadam[torch]'"
+    )
+    assert not list(tmp_path.iterdir())
+
+    result = invoke("--output", tmp_path, "--framework", "all", *SHORT, "--epochs", 1)
+    assert result.exit_code == 0
+    assert result.stdout.count("not installed") == 4
+    assert [folder.name for folder in tmp_path.iterdir()] == ["numpy"]
+
+
+def test_all_neither_resumes_nor_replaces_unasked(tmp_path: Path) -> None:
+    state = trained(tmp_path / "keras", *SHORT, "--epochs", 1)
+    for option, words in {"--resume": "beginning", "--no-amsgrad": "keras holds a run"}.items():
+        result = invoke("--output", tmp_path, "--framework", "all", option)
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+    assert [folder.name for folder in tmp_path.iterdir()] == ["keras"]
+    assert_same_bits(checkpoint.load(tmp_path / "keras" / "checkpoint.npz"), state)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize(
+    "options",
+    ["", "--use-ema --gradient-accumulation-steps 5 --loss-scale-factor 1024 --schedule cosine"],
+)
+def test_resumed_on_torch_is_as_never_stopped(options: str, tmp_path: Path) -> None:
+    arguments = ["--framework", "torch", *SHORT, *options.split()]
+    whole = trained(tmp_path / "whole", *arguments, "--epochs", 4)
+    trained(tmp_path / "parts", *arguments, "--epochs", 1)
+    parts = trained(tmp_path / "parts", "--epochs", 4, "--resume")
+    assert json.loads(str(parts["settings"]))["framework"] == "torch"
+    assert_same_bits(parts, whole)
+
+
+@pytest.mark.needs("torch")
+def test_a_run_goes_on_in_another_library(tmp_path: Path) -> None:
+    options = ["--use-ema", "--clipnorm", 1, "--schedule", "cosine", *SHORT]
+    numpy = trained(tmp_path / "numpy", *options, "--epochs", 2)
+    trained(tmp_path / "both", *options, "--epochs", 1)
+    state = trained(tmp_path / "both", "--epochs", 2, "--resume", "--framework", "torch")
+    assert json.loads(str(state["settings"]))["framework"] == "torch"
+    assert list(state) == list(numpy)
+    for name in state:
+        if state[name].dtype == np.float32:  # 1e-5: see above
+            assert np.abs(state[name] - numpy[name]).max() <= 1e-5, name
+
+
 def test_with_ema_the_model_is_the_average_and_the_checkpoint_is_not(tmp_path: Path) -> None:
     state = trained(tmp_path, *SHORT, "--epochs", 2, "--use-ema")
     model = checkpoint.load(tmp_path / "model.npz")
@@ -172,8 +266,7 @@ main()
 
 
 def start(output: Path, *arguments: object, killed_at: int = 1000) -> "subprocess.Popen[bytes]":
-    source = str(Path(omniadam.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(killed_at), "train", "--output", str(output)]
         + [str(argument) for argument in arguments],
@@ -325,10 +418,9 @@ def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_its_libraries_the_command_says_what_to_install() -> None:
     script = "import sys; sys.modules['click'] = None; from omniadam.cli import main; main()"
-    source = str(Path(omniadam.__file__).parents[1])
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": source},
+        env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
         timeout=60,

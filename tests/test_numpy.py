@@ -64,11 +64,17 @@ def test_every_setting(name: str, kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 @pytest.mark.parametrize(
     "name",
-    ["defaults", "schedule", "amsgrad", "excluded", "clipnorm", "clipvalue", "global_clipnorm"]
-    + [
-        "ema_overwrite_frequency",
-        "loss_scale_factor",
-        "gradient_accumulation_steps",
+    [
+        *(
+            "defaults",
+            "schedule",
+            "amsgrad",
+            "excluded",
+            "clipnorm",
+            "clipvalue",
+            "global_clipnorm",
+        ),
+        *("ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps"),
         list(CASES)[-1],
     ],
 )

@@ -171,7 +171,7 @@ def test_rates_are_those_of_keras(keras, schedule):
 @pytest.mark.needs("keras")
 def test_serialization_is_that_of_keras(keras, schedule):
     theirs = keras["cases"][CASES.index(schedule)]["serialized"]
-    assert serialize(schedule) == theirs | {"module": "omniadam.schedules"}
+    assert serialize(schedule) == theirs
     assert list(schedule.get_config()) == list(theirs["config"])
     assert deserialize(theirs) == schedule
 
@@ -295,7 +295,7 @@ def test_restart_on_a_whole_step_is_exact_in_float32(first, t_mul):
     assert np.all(last[before & (ks > 0)] < 0.51)
 
 
-@pytest.mark.parametrize("length", [1, 3, 41, 47, 55, 61, 999, 1000, 2.5, 3.3, 0.7, 0.1])
+@pytest.mark.parametrize("length", [1, 3, 41, 47, 55, 61, 1000, 2.5, 1.1, 2.7, 0.3, 0.1])
 @pytest.mark.needs("jax")
 def test_stairs_fall_on_their_steps_in_float32(length):
     import jax
@@ -310,17 +310,21 @@ def test_stairs_fall_on_their_steps_in_float32(length):
         np.testing.assert_array_equal(stairs[decays < 2**20], decays[decays < 2**20])
 
 
-@pytest.mark.parametrize("length", [41, 47, 55, 61, 1000, 2.5])
+# 1.3 and 2.3 are no binary fractions: their multiples are rounded, and the root magnifies that.
+@pytest.mark.parametrize(
+    ("length", "atol"),
+    [(41, 0), (47, 0), (55, 0), (61, 0), (1000, 0), (2.5, 0), (1.3, 1e-3), (2.3, 1e-3)],
+)
 @pytest.mark.needs("jax")
-def test_cycles_end_on_their_steps_in_float32(length):
+def test_cycles_end_on_their_steps_in_float32(length, atol):
     import jax
 
     schedule = PolynomialDecay(1.0, length, 0.0, power=0.5, cycle=True)
     traced = jax.jit(schedule)
     ends = np.array([i for i in range(1, 20_000) if (i / Fraction(str(length))).denominator == 1])
-    assert not schedule(ends).any()
-    assert not traced(ends).any()
-    np.testing.assert_allclose(traced(ends + 1), schedule(ends + 1), rtol=2**-20)
+    np.testing.assert_allclose(schedule(ends), 0, atol=atol * 1e-4)
+    np.testing.assert_allclose(traced(ends), 0, atol=atol)
+    np.testing.assert_allclose(traced(ends + 1), schedule(ends + 1), rtol=2**-20, atol=atol)
 
 
 @each_case
@@ -577,6 +581,7 @@ NAN, INF = math.nan, math.inf
 
 
 DECAY = {"initial_learning_rate": 0.1, "decay_steps": 10}
+BAD = [-0.1, NAN, INF, -INF, pytest.param(10**400, id="1e400"), True, "0.1", [0.1], 1j]
 NUMBERS = [
     (ExponentialDecay, DECAY | {"decay_rate": 0.5}, {"decay_steps": "> 0"}),
     (PolynomialDecay, DECAY | {"end_learning_rate": 0.1, "power": 1}, {"decay_steps": "> 0"}),
@@ -594,7 +599,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("bad", [-0.1, NAN, INF, -INF, 10**400, True, "0.1", [0.1], 1j], ids=repr)
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize(
     ("kind", "good", "name", "holds"),
     [
@@ -695,6 +700,5 @@ def test_message(make, error, message):
 
 
 def test_examples_of_the_docstrings():
-    assert doctest.testmod(schedules) == (0, doctest.testmod(schedules).attempted)
-    for kind in SIX:
-        assert ">>>" in kind.__doc__
+    assert doctest.testmod(schedules).failed == 0
+    assert all(">>>" in kind.__doc__ for kind in SIX)

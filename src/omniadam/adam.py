@@ -47,15 +47,15 @@ class Adam(Optimizer):
         >>> opt = Adam(learning_rate=0.1)
         >>> for _ in range(3):
         ...     calls = opt.apply_gradients([(2 * w, w)])
-        >>> calls, w.round(3).tolist()
-        (3, [0.7009999752044678, -1.7000000476837158])
+        >>> calls, w.astype(float).round(3).tolist()
+        (3, [0.702, -1.701])
 
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
     """
 
-    beta_1 = Option(options.decay_rate)
-    beta_2 = Option(options.decay_rate)
-    epsilon = Option(options.small_constant)
+    beta_1 = Option(options.or_callable(options.decay_rate))
+    beta_2 = Option(options.or_callable(options.decay_rate))
+    epsilon = Option(options.or_callable(options.small_constant))
     amsgrad = Option(options.boolean, structural=True)
 
     _option_names: ClassVar[tuple[str, ...]] = (
@@ -110,15 +110,18 @@ class Adam(Optimizer):
     def _is_fused(self) -> bool:
         return type(self).update_step is Adam.update_step
 
-    def _coefficients(self, functions: Any, learning_rate: Any, t: Any) -> Sequence[Any]:
-        return adam_coefficients(
-            functions,
-            learning_rate,
-            t,
+    def _hyperparameters(self) -> tuple[float, ...]:
+        return (
             _present("beta_1", self.beta_1, options.decay_rate),
             _present("beta_2", self.beta_2, options.decay_rate),
             _present("epsilon", self.epsilon, options.small_constant),
-            epsilon_hat=self._epsilon_hat,
+        )
+
+    def _coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: float
+    ) -> Sequence[Any]:
+        return adam_coefficients(
+            functions, learning_rate, t, *hyperparameters, epsilon_hat=self._epsilon_hat
         )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

@@ -6,13 +6,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import isfunction
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import options, schedules
-from .backends import Backend, backend_of, supported
+from .backends import Backend, backend_of, introduce, supported
 from .backends.base import Entry, Selection, received
 from .options import Option
 from .rule import Pass, PassCoefficients, RuleKey, clip_factor, clip_factor_global
@@ -20,7 +21,11 @@ from .rule import Pass, PassCoefficients, RuleKey, clip_factor, clip_factor_glob
 Array = npt.NDArray[Any]
 
 
-class Optimizer:
+class _Base:
+    """Python lets bases be added to a class that has one already: see `backends.introduce`."""
+
+
+class Optimizer(_Base):
     """Base class of optimizers: everything but the arithmetic of one rule.
 
     A subclass gives its arithmetic in one of two ways. `Adam` gives a `_rule`, which is compiled
@@ -75,6 +80,10 @@ class Optimizer:
         "loss_scale_factor",
         "gradient_accumulation_steps",
     )
+    # The older generations clip in another order, and in more than one way at once.
+    _exclusive_clips: ClassVar[tuple[str, ...]] = options.CLIPS
+    _value_first: ClassVar[bool] = False
+    _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_global)
 
     def __init__(
         self,
@@ -90,22 +99,27 @@ class Optimizer:
         gradient_accumulation_steps: Any = None,
         name: str | None = None,
     ) -> None:
+        introduce(Optimizer)
         self.built = False
         self._backend: Backend | None = None
         self._entries: tuple[Entry, ...] = ()
         self._index: dict[int, int] = {}  # id of a variable -> position of its entry
         self._selections: dict[tuple[int, ...], Selection] = {}
         self._recent: Selection | None = None
-        self._passes: tuple[Pass, Pass, Pass] | None = None
+        self._passes: tuple[Pass, Pass, Pass, Pass] | None = None
+        self._version = 0  # of the settings
         self._excluded_variables: list[Any] = []
         self._excluded_names: tuple[str, ...] = ()
         self._excluded_exact: tuple[str, ...] = ()
         self._restored: _Restored | None = None
+        # What to set the weights to once they exist, after `migrate`.
+        self._awaited: list[Array] | None = None
         # The state in the order of its creation, which is the order of Keras's files.
         self._iteration: Any = np.zeros((), np.int64)
         self._state: list[tuple[str, Any]] = [("iteration", self._iteration)]
         options.check_clips(
-            {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
+            {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm},
+            self._exclusive_clips,
         )
         self.weight_decay = weight_decay
         self.clipnorm, self.clipvalue = clipnorm, clipvalue
@@ -123,14 +137,17 @@ class Optimizer:
 
     def _settings_changed(self, name: str) -> None:
         self._passes = None
-        if name in options.CLIPS:
+        self._version += 1
+        exclusive = self._exclusive_clips
+        if name in exclusive:
             held = self.__dict__
-            if held[name] is not None and sum(held.get(n) is not None for n in options.CLIPS) > 1:
-                rejected = {n: held.get(n) for n in options.CLIPS}
+            if held[name] is not None and sum(held.get(n) is not None for n in exclusive) > 1:
+                rejected = {n: held.get(n) for n in exclusive}
                 held[name] = None
-                options.check_clips(rejected)
+                options.check_clips(rejected, exclusive)
 
     def _set_learning_rate(self, value: Any) -> None:
+        self._version += 1
         if _is_schedule(value):
             self._schedule, self._learning_rate = value, None
         elif callable(value):
@@ -153,7 +170,7 @@ class Optimizer:
         schedule: then setting a number raises TypeError.
         """
         if self._schedule is not None:
-            return self._schedule(self._calls())
+            return self._scheduled(self._calls())
         if callable(self._learning_rate):
             return self._learning_rate()
         return self._read(self._learning_rate)
@@ -168,9 +185,22 @@ class Optimizer:
                 "create the optimizer with a number."
             )
         if is_number and self._learning_rate is not None and not callable(self._learning_rate):
-            self._assign(self._learning_rate, options.rate("learning_rate", value))
+            if self._backend is None:
+                rate = options.rate("learning_rate", value)
+            else:
+                rate = self._backend.rate(value)
+            self._assign(self._learning_rate, rate)
         else:
             self._set_learning_rate(value)
+
+    def _scheduled(self, calls: Any) -> Any:
+        assert self._schedule is not None
+        if isinstance(calls, int):
+            return self._schedule(calls)
+        schedule = schedules.traceable(self._schedule)
+        # Ours keeps the precision of a float, which a traced count divided is in every library.
+        is_ours = type(schedule).__module__ == schedules.__name__
+        return schedule(calls / 1 if is_ours else calls)
 
     @property
     def iterations(self) -> Any:
@@ -183,6 +213,9 @@ class Optimizer:
 
     def _read(self, scalar: Any) -> Any:
         return scalar.item() if self._backend is None else self._backend.value(scalar)
+
+    def _array(self, variable: Any) -> Any:
+        return variable if self._backend is None else self._backend.array(variable)
 
     def _assign(self, variable: Any, value: Any) -> None:
         if self._backend is None:
@@ -223,7 +256,7 @@ class Optimizer:
         """
         if self.built:
             given = _as_list(variables)
-            if [id(v) for v in given] != [id(e.variable) for e in self._entries]:
+            if [id(v) for v in given] != [id(e.key) for e in self._entries]:
                 raise ValueError(
                     f"This optimizer was built with {len(self._entries)} variables: "
                     f"{_names(self._entries)}. It cannot be built again with others; create a new "
@@ -268,7 +301,7 @@ class Optimizer:
                     "All variables of an optimizer must be of one library. Received variable 0 of "
                     f"{first.name} and variable {i} of {kind.name}. Use one optimizer for each."
                 )
-        backend = first()
+        backend = first.over(given)
         restored = self._restored
         if names is None:
             if restored is not None and len(restored.variables) == len(given):
@@ -278,12 +311,12 @@ class Optimizer:
         entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
         seen: dict[int, str] = {}
         for entry in entries:
-            if id(entry.variable) in seen:
+            if id(entry.key) in seen:
                 raise ValueError(
-                    f"Variables '{seen[id(entry.variable)]}' and '{entry.name}' are the same "
+                    f"Variables '{seen[id(entry.key)]}' and '{entry.name}' are the same "
                     f"object, of shape {entry.shape}. Pass each variable once."
                 )
-            seen[id(entry.variable)] = entry.name
+            seen[id(entry.key)] = entry.name
         backend.check_distinct(entries)
         if restored is not None:
             self._check_restored(entries, restored)
@@ -304,17 +337,32 @@ class Optimizer:
                 )
 
     def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
+        introduce(Optimizer)
         self._backend, self._entries, self._selections = backend, entries, {}
-        self._index = {id(entry.variable): i for i, entry in enumerate(entries)}
+        self._index = {id(entry.key): i for i, entry in enumerate(entries)}
         excluded = {id(v) for v in self._excluded_variables}
         for entry in entries:
             entry.decayed = not (
-                id(entry.variable) in excluded
+                id(entry.key) in excluded
                 or entry.name in self._excluded_exact
                 or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
             )
         self._state = [(name, self._moved(value)) for name, value in self._state]
-        variables = [entry.variable for entry in entries]
+        for name, counter in self._state:
+            backend.created(self, name, counter)
+        self._create_slots(entries)
+        self.built = True
+        if self._awaited is not None:
+            try:
+                self.set_weights(self._awaited)
+            except ValueError as error:
+                raise ValueError(
+                    f"The state that was migrated belongs to other variables. {error}"
+                ) from error
+            self._awaited = None
+
+    def _create_slots(self, entries: Sequence[Entry]) -> None:
+        variables = [entry.key for entry in entries]
         if self.use_ema:
             averages = self.add_optimizer_variables(variables, "average")
             for entry, average in zip(entries, averages, strict=True):
@@ -322,13 +370,12 @@ class Optimizer:
         if self.gradient_accumulation_steps:
             for entry in entries:
                 entry.accumulator = self.add_variable_from_reference(
-                    entry.variable, "gradient_accumulator"
+                    entry.key, "gradient_accumulator"
                 )
         for group in _slot_groups(self._rule):
             columns = self.add_optimizer_variables(variables, list(group))
             for entry, slots in zip(entries, zip(*columns, strict=True), strict=True):
                 entry.slots = (*entry.slots, *slots)
-        self.built = True
 
     def _moved(self, value: Any) -> Any:
         """A counter that was made before the library was known, as that library's variable."""
@@ -345,7 +392,7 @@ class Optimizer:
         shape: Sequence[int],
         initializer: Any = "zeros",
         dtype: str | None = None,
-        aggregation: str | None = None,
+        aggregation: str | None = "none",
         layout: Any = None,
         name: str | None = None,
     ) -> Any:
@@ -408,6 +455,7 @@ class Optimizer:
 
         Returns:
             A list with one state variable a variable; for a list of names, a tuple of such lists.
+            None stands for the state of a Keras variable with `overwrite_with_gradient`.
 
         Raises:
             ValueError: if there are not as many initializers as names.
@@ -424,8 +472,11 @@ class Optimizer:
             )
         columns: tuple[list[Any], ...] = tuple([] for _ in names)
         for variable in trainable_variables:
+            replaced = self._entry(variable).replaced
             for column, each, start in zip(columns, names, initializers, strict=True):
-                column.append(self.add_variable_from_reference(variable, each, start))
+                column.append(
+                    None if replaced else self.add_variable_from_reference(variable, each, start)
+                )
         return columns[0] if isinstance(name, str) else columns
 
     def _track(self, name: str, variable: Any) -> None:
@@ -443,6 +494,8 @@ class Optimizer:
                     "that decide which state is kept cannot be changed."
                 )
             self._assign(variable, value)
+        assert self._backend is not None
+        self._backend.created(self, unique, variable)
 
     def _entry(self, variable: Any) -> Entry:
         return self._entries[self._get_variable_index(variable)]
@@ -532,7 +585,8 @@ class Optimizer:
         if not grads:
             raise ValueError("No gradients provided for any variable: `grads_and_vars` is empty.")
         self._apply(grads, variables)
-        return self._calls()
+        assert self._backend is not None
+        return self._backend.count(self._iteration)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update variables by a list of gradients, one a variable.
@@ -554,7 +608,7 @@ class Optimizer:
                     "`apply(grads)` without variables needs a built optimizer. Call "
                     "build(variables) first, or pass the variables."
                 )
-            variables = [entry.variable for entry in self._entries]
+            variables = [entry.key for entry in self._entries]
         else:
             variables = list(trainable_variables)
         if len(grads) != len(variables):
@@ -581,49 +635,68 @@ class Optimizer:
         if self.built:
             backend = self._backend
             assert backend is not None
-            entries = [self._entry(variable) for variable in variables]
+            entries = backend.stand_ins(self._entries, variables) or [
+                self._entry(variable) for variable in variables
+            ]
             if len({id(entry) for entry in entries}) != len(entries):
                 raise ValueError(
                     f"A variable is given twice in one step. Received: {_names(entries)}."
                 )
-            for entry in self._entries:
-                now = backend.describe(entry.variable, entry.name)
-                if (now.shape, now.dtype) != (entry.shape, entry.dtype):
-                    raise ValueError(
-                        f"Variable '{entry.name}' must stay as it was built, of shape "
-                        f"{entry.shape} and dtype {entry.dtype}. It now has shape {now.shape} and "
-                        f"dtype {now.dtype}. Create a new optimizer for it."
-                    )
+            backend.check_built(self._entries)
         else:
             new = self._described(variables)
             backend, entries = new[0], list(new[1])
+        present, checked = self._present(backend, entries, grads, depth=5)
+        if new is not None:
+            self._build_by(variables, *new)
+            present = [self._entry(entry.key) for entry in present]
+        self._restored = None  # what was pickled or copied is in its variables now
+        self._recent = selection = self._selection(present)
+        if any(entry.replaced for entry in present):
+            self._recent = None
+            selection, checked = self._replace(present, checked)
+        return selection, backend.gather(selection, checked)
+
+    def _present(
+        self, backend: Backend, entries: Sequence[Entry], grads: Sequence[Any], depth: int
+    ) -> tuple[list[Entry], list[Any]]:
+        """The entries that have gradients, and these, checked; warns of the others."""
         missing = [e.name for g, e in zip(grads, entries, strict=True) if g is None]
         if len(missing) == len(entries):
             raise ValueError(
                 f"No gradients provided for any variable. Received None for all of {missing}."
             )
-        present = [e for g, e in zip(grads, entries, strict=True) if g is not None]
-        checked = [
-            backend.gradient(g, e) for g, e in zip(grads, entries, strict=True) if g is not None
-        ]
+        pairs = [(e, g) for g, e in zip(grads, entries, strict=True) if g is not None]
+        checked = [backend.gradient(g, e) for e, g in pairs]
         if missing:
             warnings.warn(
                 f"Gradients do not exist for variables {missing}; they are not updated.",
-                stacklevel=4,
+                stacklevel=depth,
             )
-        if new is not None:
-            self._build_by(variables, *new)
-            present = [self._entry(entry.variable) for entry in present]
-        self._restored = None  # what was pickled or copied is in its variables now
-        self._recent = selection = self._selection(present)
-        return selection, backend.gather(selection, checked)
+        return [e for e, _ in pairs], checked
+
+    def _replace(
+        self, present: Sequence[Entry], gradients: Sequence[Any]
+    ) -> tuple[Selection, list[Any]]:
+        """Serve the variables whose gradient is their new value; the others are left for a step."""
+        backend, others, left = self._backend, [], []
+        assert backend is not None
+        for entry, gradient in zip(present, gradients, strict=True):
+            if entry.replaced:
+                backend.replace(entry, gradient, self._iteration, self.gradient_accumulation_steps)
+            else:
+                others.append(entry)
+                left.append(gradient)
+        return self._selection(others), left
 
     def _selection(self, present: Sequence[Entry]) -> Selection:
         key = tuple(map(id, present))
         selection = self._selections.get(key)
         if selection is None:
             chosen = set(key)
-            rest = tuple(entry for entry in self._entries if id(entry) not in chosen)
+            rest = tuple(e for e in self._entries if id(e) not in chosen and not e.replaced)
+            if len(self._selections) >= _SELECTIONS:
+                del self._selections[next(iter(self._selections))]  # the oldest
             selection = self._selections[key] = Selection(tuple(present), rest)
         return selection
 
@@ -639,21 +712,55 @@ class Optimizer:
                 )
 
     def _step(self, selection: Selection, gradients: Any) -> None:
-        """Steps 2 to 9; those that touch every element are `rule.make_element`."""
+        """Steps 2 to 9, run at once or as a compiled whole, as the library does such things."""
         backend = self._backend
         assert backend is not None
-        step, micro_step, average = self._passes or self._make_passes()
+        rate, fixed = self._rate_and_fixed()
+        if not selection.entries:  # all were replaced
+            self._assign(self._iteration, self._read(self._iteration) + 1)
+            return
+        backend.run(self._advance, selection, gradients, rate, fixed)
+        backend.constrain(selection.entries)
+
+    def _rate_and_fixed(self) -> tuple[Any, tuple[int, tuple[float, ...]]]:
+        """What `_advance` takes beside gradients, of the settings as they are at this step."""
+        rate = None
+        if self._schedule is None and callable(self._learning_rate):
+            assert self._backend is not None
+            rate = self._backend.rate(self._learning_rate())
+        return rate, (self._version, self._hyperparameters())
+
+    def _advance(
+        self, selection: Selection, gradients: Any, rate: Any, fixed: tuple[int, tuple[float, ...]]
+    ) -> None:
+        """The order of a step; what touches every element is in `rule.make_element`.
+
+        Args:
+            selection: the entries with gradients.
+            gradients: what the backend gathered.
+            rate: the learning rate, if it is a callable's.
+            fixed: what a compiled step may take as constant: a version of the settings, and the
+                rule's hyperparameters.
+        """
+        backend = self._backend
+        assert backend is not None
+        step, micro_step, average, _ = self._passes or self._make_passes()
         rule = self._rule or _no_rule
         functions = backend.functions
         calls = backend.value(self._iteration)
         n = self.gradient_accumulation_steps
         updates = calls // n if n else calls
-        learning_rate = self._rate(calls)
+        if self._schedule is not None:
+            learning_rate = backend.rate(self._scheduled(calls))
+        else:
+            learning_rate = backend.value(self._learning_rate) if rate is None else rate
         pass_c = self._pass_coefficients(functions, learning_rate, updates)
 
         def update() -> None:
             if self._is_fused:
-                rule_c = self._coefficients(functions, learning_rate, updates + 1)
+                # Divided, so that a traced count becomes a float in every library.
+                t = (updates + 1) / 1
+                rule_c = self._coefficients(functions, learning_rate, t, *fixed[1])
                 factors = self._clip_factors(step, selection, gradients, pass_c)
                 backend.sweep(step, rule, selection, gradients, factors, rule_c, pass_c)
             else:
@@ -664,7 +771,7 @@ class Optimizer:
 
         if n:
             backend.branch(
-                (calls + 1) % n == 0,
+                (calls + 1) % n < 1,  # in a graph of TensorFlow 1, == compares objects
                 update,
                 lambda: backend.sweep(
                     micro_step, rule, selection, gradients, (), _NO_RULE_C, pass_c
@@ -676,7 +783,7 @@ class Optimizer:
             backend.sweep(average, rule, selection, gradients, (), _NO_RULE_C, pass_c)
         backend.assign(self._iteration, calls + 1)
 
-    def _make_passes(self) -> tuple[Pass, Pass, Pass]:
+    def _make_passes(self) -> tuple[Pass, Pass, Pass, Pass]:
         average = Pass(
             gradient=False,
             averaged=self.use_ema,
@@ -691,41 +798,52 @@ class Optimizer:
             updates=True,
             clipped_by_factor=self.clipnorm is not None or self.global_clipnorm is not None,
             clipped_by_value=self.clipvalue is not None,
+            value_first=self.clipvalue is not None and self._value_first,
             decayed=self.weight_decay is not None,
         )
-        self._passes = step, micro_step, average
+        # Norms are of the gradients that are to be applied.
+        squares = Pass(
+            gradient=True,
+            updates=True,
+            scaled=step.scaled,
+            accumulated=step.accumulated,
+            clipped_by_value=step.value_first,
+            value_first=step.value_first,
+        )
+        # Equal passes are one object: backends keep what they prepare by its identity.
+        one, two, three, four = (
+            _PASSES.setdefault(p, p) for p in (step, micro_step, average, squares)
+        )
+        self._passes = one, two, three, four
         return self._passes
-
-    def _rate(self, calls: Any) -> Any:
-        if self._schedule is not None:
-            rate = self._schedule(calls)
-        elif callable(self._learning_rate):
-            rate = self._learning_rate()
-        else:
-            assert self._backend is not None
-            return self._backend.value(self._learning_rate)
-        assert self._backend is not None
-        return self._backend.rate(rate)
 
     def _pass_coefficients(self, functions: Any, rate: Any, updates: Any) -> PassCoefficients:
         momentum, overwrite = 0.0, 0.0
         if self.use_ema:
             # The first average is the variable itself, not a step from zero towards it.
-            momentum = functions.where(updates == 0, 0.0, self.ema_momentum)
+            momentum = functions.where(updates < 1, 0.0, self.ema_momentum)
             if self.ema_overwrite_frequency is not None:
-                due = (updates + 1) % self.ema_overwrite_frequency == 0
+                due = (updates + 1) % self.ema_overwrite_frequency < 1
                 overwrite = functions.where(due, 1.0, 0.0)
+        # By position: this is done at every step.
         return PassCoefficients(
-            scale=self.loss_scale_factor or 1.0,
-            steps=float(self.gradient_accumulation_steps or 1),
-            clipvalue=self.clipvalue or 0.0,
-            decay=0.0 if self.weight_decay is None else self.weight_decay * rate,
-            momentum=momentum,
-            one_minus_momentum=1.0 - momentum,
-            overwrite=overwrite,
+            self.loss_scale_factor or 1.0,
+            float(self.gradient_accumulation_steps or 1),
+            self.clipvalue or 0.0,
+            0.0 if self.weight_decay is None else self.weight_decay * rate,
+            momentum,
+            1.0 - momentum,
+            overwrite,
+            0.0,
         )
 
-    def _coefficients(self, functions: Any, learning_rate: Any, t: Any) -> Sequence[Any]:
+    def _hyperparameters(self) -> tuple[float, ...]:
+        """The rule's own settings at this step: numbers, of callables too."""
+        return ()
+
+    def _coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: float
+    ) -> Sequence[Any]:
         """What the rule needs beside the arrays at step t = 1, 2, ..."""
         raise NotImplementedError
 
@@ -737,15 +855,14 @@ class Optimizer:
         backend = self._backend
         assert backend is not None
         functions = backend.functions
-        squares = Pass(
-            gradient=True, updates=True, scaled=kind.scaled, accumulated=kind.accumulated
-        )
-        rule = self._rule or _no_rule
+        assert self._passes is not None
+        squares, rule = self._passes[3], self._rule or _no_rule
         sums = backend.square_sums(squares, rule, selection, gradients, pass_c)
         if self.clipnorm is not None:
             threshold = self.clipnorm
             return [clip_factor(functions, functions.sqrt(each), threshold) for each in sums]
-        factor = clip_factor_global(functions, functions.sqrt(sum(sums)), self.global_clipnorm)
+        norm = functions.sqrt(sum(sums))
+        factor = type(self)._clip_factor_of_all(functions, norm, self.global_clipnorm)
         return [factor] * len(sums)
 
     def _update_each(
@@ -766,7 +883,7 @@ class Optimizer:
             gradients,
             factors,
             pass_c,
-            lambda gradient, entry: self.update_step(gradient, entry.variable, learning_rate),
+            lambda gradient, entry: self.update_step(gradient, entry.key, learning_rate),
         )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -788,22 +905,39 @@ class Optimizer:
         selection = self._selection((entry,))
         gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
         rule_c = self._coefficients(
-            backend.functions, backend.rate(learning_rate), self.iterations + 1
+            backend.functions,
+            backend.rate(learning_rate),
+            (self.iterations + 1) / 1,
+            *self._hyperparameters(),
         )
-        step = Pass(gradient=True, updates=True)
-        backend.sweep(step, rule, selection, gradients, (), rule_c, PassCoefficients())
+        backend.sweep(_UPDATE, rule, selection, gradients, (), rule_c, PassCoefficients())
 
     def assign(self, variable: Any, value: Any) -> None:
-        """Set a variable or state variable to a value of its shape."""
+        """Set a variable.
+
+        Args:
+            variable: of the model, or a state variable.
+            value: of its shape.
+        """
         self._assign(variable, value)
 
     def assign_add(self, variable: Any, value: Any) -> None:
-        """Add a value to a variable or state variable."""
-        self._assign(variable, variable + value)
+        """Add to a variable.
+
+        Args:
+            variable: of the model, or a state variable.
+            value: of its shape.
+        """
+        self._assign(variable, self._array(variable) + value)
 
     def assign_sub(self, variable: Any, value: Any) -> None:
-        """Subtract a value from a variable or state variable."""
-        self._assign(variable, variable - value)
+        """Subtract from a variable.
+
+        Args:
+            variable: of the model, or a state variable.
+            value: of its shape.
+        """
+        self._assign(variable, self._array(variable) - value)
 
     def stateless_apply(
         self,
@@ -889,7 +1023,14 @@ class Optimizer:
         return backend.differentiate(loss, variables, grad_loss, scale)
 
     def scale_loss(self, loss: Any) -> Any:
-        """The loss times `loss_scale_factor`, to differentiate; the step divides by it again."""
+        """The loss as it must be differentiated for `loss_scale_factor`, which the step undoes.
+
+        Args:
+            loss: a number or tensor.
+
+        Returns:
+            The loss times `loss_scale_factor`; without one, the loss itself.
+        """
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
@@ -908,7 +1049,8 @@ class Optimizer:
         if self._calls() == 0:
             raise ValueError("There is no moving average before the first step.")
         for entry in entries:
-            self._assign(entry.variable, entry.average)
+            if not entry.replaced:
+                self._assign(entry.variable, entry.average)
 
     # --- state ---
 
@@ -916,9 +1058,10 @@ class Optimizer:
     def variables(self) -> list[Any]:
         """The state: iteration, learning rate (if it is a number), averages, accumulators, slots.
 
-        These are the variables themselves, not copies.
+        These are the variables themselves, not copies; for bare JAX arrays, which cannot be
+        overwritten, the arrays that `stateless_apply` begins with.
         """
-        return [variable for _, variable in self._state]
+        return list(self.named_variables().values())
 
     @property
     def weights(self) -> list[Any]:
@@ -931,10 +1074,15 @@ class Optimizer:
         A slot is called `{name of the variable, / as _}_{momentum | velocity | velocity_hat |
         average | gradient_accumulator}`.
         """
-        return dict(self._state)
+        backend = self._backend
+        return {name: v if backend is None else backend.shown(v) for name, v in self._state}
 
     def get_weights(self) -> list[Array]:
-        """Copies of `variables` as NumPy arrays; bfloat16 has none and its slots are float32."""
+        """The state, to save it or to set it elsewhere.
+
+        Returns:
+            A list with a NumPy array, a copy, for each of `variables`.
+        """
         return list(self._saved().values())
 
     def _saved(self) -> dict[str, Array]:
@@ -968,21 +1116,21 @@ class Optimizer:
                 f"{[name for name, _ in self._state]}. Received {len(weights)}."
             )
         assert self._backend is not None
-        arrays = [_host(weight) for weight in weights]
-        for (name, variable), value in zip(self._state, arrays, strict=True):
-            held = self._backend.numpy(variable)
-            is_count = held.dtype.kind in "iu"
-            fits = value.dtype.kind in ("iu" if is_count else "fiu") or (
-                is_count and value.dtype.kind == "f" and bool(np.all(value == np.floor(value)))
-            )
-            if value.shape != held.shape or not fits:
+        arrays = []
+        for (name, variable), weight in zip(self._state, weights, strict=True):
+            (shape, dtype), value = self._backend.form(variable), _host(weight)
+            fits = value.shape == shape and value.dtype.kind in "fiu"
+            is_count = dtype.kind in "iu"
+            if not fits or (is_count and not all(float(x).is_integer() for x in value.flat)):
                 raise ValueError(
-                    f"State variable '{name}' has shape {held.shape} and dtype {held.dtype}. "
-                    f"Received shape {value.shape} and dtype {value.dtype}."
+                    f"State variable '{name}' must be set to {'whole' if is_count else 'real'} "
+                    f"numbers of shape {shape} (its dtype is {dtype}). Received shape "
+                    f"{value.shape} and dtype {value.dtype}. Pass what get_weights() returned for "
+                    "the same variables and settings."
                 )
+            arrays.append(value.astype(dtype))
         for (_, variable), value in zip(self._state, arrays, strict=True):
             self._backend.assign(variable, value)
-        self._restored = None
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.
@@ -1014,14 +1162,20 @@ class Optimizer:
         self.set_weights([np.asarray(store[key]) for key in keys])
 
     def get_config(self) -> dict[str, Any]:
-        """The settings, serializable; `from_config` makes the same optimizer, without its state.
+        """The settings; `from_config` makes the same optimizer of them, without its state.
+
+        Returns:
+            A dictionary with Keras's keys and values. It can be written as JSON unless a setting
+            is a callable. What is excluded from weight decay, if anything is, stands under one
+            more key, "exclude_from_weight_decay".
 
         Raises:
-            ValueError: if variables without names were excluded from weight decay and the
-                optimizer is not built, so that there is no way to say which they are.
+            ValueError: if variables were excluded from weight decay by `var_list` and the
+                optimizer is not built, so that they have no names yet.
         """
-        config: dict[str, Any] = {"learning_rate": self._serialized_rate()}
-        config |= {name: getattr(self, name) for name in self._option_names}
+        config = self._settings()
+        if self._schedule is not None:
+            config["learning_rate"] = schedules.serialize(self._schedule)
         exact = self._excluded_by_name()
         if self._excluded_names or exact:
             config["exclude_from_weight_decay"] = {
@@ -1039,15 +1193,14 @@ class Optimizer:
                 "`var_names`."
             )
         excluded = {id(variable) for variable in self._excluded_variables}
-        names = [entry.name for entry in self._entries if id(entry.variable) in excluded]
+        names = [entry.name for entry in self._entries if id(entry.key) in excluded]
         return (*self._excluded_exact, *names)
 
-    def _serialized_rate(self) -> Any:
-        if self._schedule is not None:
-            return schedules.serialize(self._schedule)
-        if callable(self._learning_rate):
-            return self._learning_rate
-        return float(self._read(self._learning_rate))
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's arguments as they are now: the learning rate may be a schedule."""
+        rate = self._learning_rate if self._schedule is None else self._schedule
+        settings = {"learning_rate": rate if callable(rate) else float(self._read(rate))}
+        return settings | {name: getattr(self, name) for name in self._option_names}
 
     @classmethod
     def from_config(
@@ -1058,6 +1211,9 @@ class Optimizer:
         Args:
             config: a dictionary; it is not changed.
             custom_objects: classes of schedules by name, where they are the user's own.
+
+        Returns:
+            An optimizer that is not built.
 
         Raises:
             ValueError: if it holds a setting that the class does not have.
@@ -1082,7 +1238,8 @@ class Optimizer:
         What is unpickled or copied takes up the variables of its next `build` or step, which must
         have the same names and shapes in the same order.
         """
-        state = self.__dict__.copy()
+        # Without what TensorFlow notes on an object that it tracks.
+        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_self_")}
         held = tuple((e.name, e.shape, e.dtype) for e in self._entries) or (
             self._restored.variables if self._restored else ()
         )
@@ -1107,12 +1264,20 @@ class Optimizer:
         self.__dict__.update(state)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        settings = ", ".join(f"{k}={v!r}" for k, v in self._settings().items())
         return f"{type(self).__name__}({settings})"
 
 
+# AutoGraph, which rewrites what a tf.function calls, leaves alone what has this attribute.
+for _method in [each for each in vars(Optimizer).values() if isfunction(each)]:
+    vars(_method)["autograph_info__"] = {}
+
 _COUNTERS = ("iteration", "learning_rate")
 _NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
+_PASSES: dict[Pass, Pass] = {}
+_UPDATE = Pass(gradient=True, updates=True)
+# For how many sets of variables with gradients an optimizer keeps what was prepared.
+_SELECTIONS = 32
 
 
 def _make_nothing(sqrt: Any, maximum: Any) -> Any:
@@ -1183,7 +1348,7 @@ def _initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Array:
 def _host(value: Any) -> Array:
     """A value of any library as a NumPy array."""
     backend = backend_of(value)
-    return np.asarray(value) if backend is None else backend().numpy(value)
+    return np.asarray(value) if backend is None else backend.over([value]).numpy(value)
 
 
 def _is_schedule(value: Any) -> bool:

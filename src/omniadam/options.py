@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 Check = Callable[[str, Any], Any]
@@ -47,15 +47,12 @@ class Option:
         instance._settings_changed(name)
 
 
-def number(
-    must: str, accepts: Callable[[float], bool], *, optional: bool = False, callable_: bool = False
-) -> Check:
+def number(must: str, accepts: Callable[[float], bool], *, optional: bool = False) -> Check:
     """A real number, converted to float: `must` says in words what `accepts` demands."""
     also = ", or None" if optional else ""
-    also += ", or a callable without arguments that returns one" if callable_ else ""
 
     def check(name: str, value: Any) -> Any:
-        if (optional and value is None) or (callable_ and callable(value)):
+        if optional and value is None:
             return value
         converted = as_float(value)
         if converted is None or not accepts(converted):
@@ -65,20 +62,26 @@ def number(
     return check
 
 
+def or_callable(check: Check) -> Check:
+    """A callable without arguments will do, too; what it returns is checked when it is called."""
+    return lambda name, value: value if callable(value) else check(name, value)
+
+
 def as_float(value: Any) -> float | None:
     """A Python float of a real number or an array of one element, else None."""
-    if isinstance(value, (bool, str, bytes, complex)) or value is None:
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    if isinstance(value, (bool, str, bytes)) or kind in "bcOSU":
         return None
-    if getattr(value, "shape", ()) not in ((), (1,)):
+    if tuple(getattr(value, "shape", ())) not in ((), (1,)):
         return None
     try:
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
 def boolean(name: str, value: Any) -> bool:
-    if value in (0, 1) and (isinstance(value, int) or type(value).__name__ == "bool"):
+    if (isinstance(value, int) and value in (0, 1)) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
     raise ValueError(f"`{name}` must be True or False. Received: {value!r}")
 
@@ -121,22 +124,24 @@ def _positive(x: float) -> bool:
 
 
 rate = number("0 <= value < infinity", _not_negative)
-decay_rate = number("0 <= value < 1", _fraction, callable_=True)
-small_constant = number("0 <= value < infinity", _not_negative, callable_=True)
+decay_rate = number("0 <= value < 1", _fraction)
+small_constant = number("0 <= value < infinity", _not_negative)
 weight_decay = number("0 <= value < infinity", _not_negative, optional=True)
 # Infinity is a threshold that never clips.
 threshold = number("value > 0", _positive, optional=True)
+# The older generations take 0, which leaves no gradient at all.
+limit = number("value >= 0", lambda x: x >= 0.0, optional=True)
 scale = number("0 < value < infinity", lambda x: 0.0 < x < math.inf, optional=True)
 momentum = number("0 <= value <= 1", lambda x: 0.0 <= x <= 1.0)
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
-def check_clips(given: dict[str, Any]) -> None:
-    """Raise `ValueError` if more than one way of clipping is set."""
-    if sum(given.get(name) is not None for name in CLIPS) > 1:
-        received = ", ".join(f"{name}={given.get(name)}" for name in CLIPS)
+def check_clips(given: dict[str, Any], exclusive: Sequence[str] = CLIPS) -> None:
+    """Raise `ValueError` if more than one of the ways of clipping that exclude others is set."""
+    if sum(given.get(name) is not None for name in exclusive) > 1:
+        names = [f"`{name}`" for name in exclusive]
+        received = ", ".join(f"{name}={given.get(name)}" for name in exclusive)
         raise ValueError(
-            "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
-            f"Received: {received}"
+            f"Only one of {', '.join(names[:-1])} and {names[-1]} can be set. Received: {received}"
         )

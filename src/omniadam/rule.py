@@ -36,8 +36,8 @@ class AdamCoefficients(NamedTuple):
     """What Adam's arithmetic needs beside the arrays, once a step."""
 
     alpha: Value  # learning_rate * sqrt(1 - beta_2**t) / (1 - beta_1**t)
-    one_minus_beta_1: Value
-    one_minus_beta_2: Value
+    weight_1: Value  # 1 - beta_1, what g weighs in m; of a short memory beta_1, what m weighs
+    weight_2: Value  # likewise, of v
     epsilon: Value  # "epsilon hat" of the paper, whatever the caller's epsilon was
 
 
@@ -50,6 +50,8 @@ def adam_coefficients(
     epsilon: Value,
     *,
     epsilon_hat: bool,
+    short_1: bool = False,
+    short_2: bool = False,
 ) -> AdamCoefficients:
     """Coefficients of step t = 1, 2, ... (Kingma & Ba, the form just before Section 2.1).
 
@@ -62,24 +64,32 @@ def adam_coefficients(
     correction_2 = functions.sqrt(-functions.expm1(t * functions.log(beta_2)))
     return AdamCoefficients(
         alpha=learning_rate * correction_2 / correction_1,
-        one_minus_beta_1=1 - beta_1,
-        one_minus_beta_2=1 - beta_2,
+        weight_1=beta_1 if short_1 else 1 - beta_1,
+        weight_2=beta_2 if short_2 else 1 - beta_2,
         epsilon=epsilon if epsilon_hat else epsilon * correction_2,
     )
 
 
 def make_adam(
-    sqrt: Callable[[Value], Value], maximum: Callable[[Value, Value], Value], *, amsgrad: bool
+    sqrt: Callable[[Value], Value],
+    maximum: Callable[[Value, Value], Value],
+    *,
+    amsgrad: bool,
+    short_1: bool = False,
+    short_2: bool = False,
 ) -> Rule:
     """Adam (Kingma & Ba 2014) or, with `amsgrad`, AMSGrad (Reddi et al. 2018, Algorithm 2).
 
-    Slots are (m, v), or (m, v, v_hat) with `amsgrad`; `maximum` must propagate NaN.
+    Slots are (m, v), or (m, v, v_hat) with `amsgrad`; `maximum` must propagate NaN. `short_1` and
+    `short_2` are for a beta below one half: the mean is then taken from the gradient's side, so
+    that of a far larger old value no more than its share is left, not its rounding as well.
     """
 
     def adam(w: Value, g: Value, slots: Values, c: Values) -> tuple[Value, Values]:
-        alpha, one_minus_beta_1, one_minus_beta_2, epsilon = c
-        m = slots[0] + (g - slots[0]) * one_minus_beta_1
-        v = slots[1] + (g * g - slots[1]) * one_minus_beta_2
+        alpha, weight_1, weight_2, epsilon = c
+        m, v, squared = slots[0], slots[1], g * g
+        m = g + (m - g) * weight_1 if short_1 else m + (g - m) * weight_1
+        v = squared + (v - squared) * weight_2 if short_2 else v + (squared - v) * weight_2
         if amsgrad:
             v_hat = maximum(slots[2], v)
             return w - alpha * m / (sqrt(v_hat) + epsilon), (m, v, v_hat)
@@ -112,6 +122,9 @@ class Pass(NamedTuple):
     accumulated: bool = False  # gradient_accumulation_steps
     clipped_by_factor: bool = False  # clipnorm, global_clipnorm
     clipped_by_value: bool = False  # clipvalue
+    value_first: bool = False  # before any norm, which is then of what that left (TF 2.0)
+    negated: bool = False  # maximize, of torch.optim
+    penalised: bool = False  # weight_decay as an L2 penalty, of torch.optim.Adam
     decayed: bool = False  # weight_decay
     averaged: bool = False  # use_ema
     overwritten: bool = False  # ema_overwrite_frequency
@@ -127,22 +140,29 @@ class PassCoefficients(NamedTuple):
     scale: Value = 1.0
     steps: Value = 1.0
     clipvalue: Value = 0.0
-    decay: Value = 0.0  # weight_decay * learning_rate
+    decay: Value = 0.0  # weight_decay * learning_rate; of a penalty, weight_decay alone
     momentum: Value = 0.0
     one_minus_momentum: Value = 1.0
     overwrite: Value = 0.0  # 1.0 on the calls that overwrite the variable by its average
     zero: Value = 0.0
 
 
-def make_gradient(kind: Pass) -> Callable[[Value, Value, Values], Value]:
-    """The gradient that is clipped and applied: unscaled, and the mean of what accumulated."""
+def make_gradient(
+    kind: Pass,
+    minimum: Callable[[Value, Value], Value],
+    maximum: Callable[[Value, Value], Value],
+) -> Callable[[Value, Value, Values], Value]:
+    """The gradient whose norm is taken: unscaled, and the mean of what accumulated."""
     scaled, averages = kind.scaled, kind.accumulated and kind.updates
+    by_value = kind.updates and kind.clipped_by_value and kind.value_first
 
     def gradient(g: Value, accumulator: Value, c: Values) -> Value:
         if scaled:
             g = g / c[0]
         if averages:
             g = (g + accumulator) / c[1]
+        if by_value:
+            g = minimum(maximum(g, -c[2]), c[2])
         return g
 
     return gradient
@@ -160,11 +180,13 @@ def make_element(
 ) -> Callable[..., tuple[Value, Values, Value, Value]]:
     """One element through one call of the optimizer, in the order of Keras's base_optimizer.py.
 
-    `gradient` is `make_gradient(kind)`, compiled where that is needed; `rounded` rounds a value to
-    what the variable can store, for float16 and bfloat16, and is the identity elsewhere.
+    `gradient` is that of `make_gradient`, compiled where that is needed; `rounded` rounds a value
+    to what the variable can store, for float16 and bfloat16, and is the identity elsewhere.
     """
     has_gradient, updates, accumulated = kind.gradient, kind.updates, kind.accumulated
-    by_factor, by_value, decayed = kind.clipped_by_factor, kind.clipped_by_value, kind.decayed
+    by_factor, decayed = kind.clipped_by_factor, kind.decayed
+    by_value = kind.clipped_by_value and not kind.value_first
+    negated, penalised = kind.negated, kind.penalised
     averaged, overwritten = kind.averaged, kind.overwritten
 
     def element(
@@ -186,6 +208,10 @@ def make_element(
                     g = g * factor
                 if by_value:
                     g = minimum(maximum(g, -c[2]), c[2])
+                if negated:
+                    g = -g
+                if penalised:
+                    g = g + w * c[3]
                 if decayed:
                     w = w - w * c[3]
                 w, slots = rule(w, g, slots, rule_c)
@@ -204,9 +230,10 @@ def make_element(
 def clip_factor(functions: Any, norm: Value, threshold: Value) -> Value:
     """What a gradient of this Euclidean norm is multiplied by to have at most the threshold's.
 
-    1 where it has already, NaN for a NaN norm (Keras `clip_by_norm`).
+    1 where it has already, as with an infinite threshold; NaN for a NaN norm (Keras
+    `clip_by_norm`).
     """
-    return threshold / functions.maximum(norm, threshold)
+    return 1.0 / functions.maximum(norm / threshold, 1.0)
 
 
 def clip_factor_global(functions: Any, norm: Value, threshold: Value) -> Value:
@@ -216,3 +243,13 @@ def clip_factor_global(functions: Any, norm: Value, threshold: Value) -> Value:
     `clip_by_global_norm`).
     """
     return clip_factor(functions, norm, threshold) + (norm - norm)
+
+
+def clip_factor_joint(functions: Any, norm: Value, threshold: Value) -> Value:
+    """As `clip_factor`, over all gradients together in TensorFlow 1.1: a NaN norm clips nothing."""
+    return 1.0 / functions.where(norm >= threshold, norm / threshold, 1.0)
+
+
+def decayed_rate(rate: Value, decay: Value, t: Value) -> Value:
+    """The learning rate of step t = 1, 2, ... by the `decay` of the older generations."""
+    return rate / (1.0 + decay * (t - 1))

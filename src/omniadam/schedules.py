@@ -546,11 +546,20 @@ def serialize(schedule: Any) -> dict[str, Any]:
         module = _KERAS
     known = name in _SCHEDULES and module in (__name__, _KERAS)
     return {
-        "module": module,
+        "module": _KERAS if known else module,  # which Keras, too, makes its own of that name
         "class_name": name,
         "config": schedule.get_config(),
         "registered_name": None if known else name,
     }
+
+
+def traceable(schedule: Any) -> Any:
+    """Ours for a schedule of Keras, whose own is traced only by the library Keras runs on."""
+    kind = type(schedule)
+    is_keras = kind.__module__.split(".")[0] in ("keras", "tf_keras")
+    if not is_keras or kind.__name__ not in _SCHEDULES:
+        return schedule
+    return _SCHEDULES[kind.__name__].from_config(schedule.get_config())
 
 
 def deserialize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class IndexedSlices:
     def __init__(self, values: Any, indices: Any, dense_shape: Any) -> None:
         self.values: npt.NDArray[Any] = np.asarray(values)
         self.indices: npt.NDArray[Any] = np.asarray(indices)
-        self.dense_shape: tuple[int, ...] = tuple(int(n) for n in dense_shape)
+        self.dense_shape: tuple[int, ...] = tuple(operator.index(n) for n in dense_shape)
         _check(self)
 
     def __repr__(self) -> str:

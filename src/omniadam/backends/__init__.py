@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from .base import Backend
-
-_NUMBER = np.float64(0)
+from .base import Backend, received
+from .host import Numbers
 
 # The package that defines a variable's type, and the module here that knows it. A subclass of a
 # library's type is known by its bases.
-_MODULES = {"numpy": "numpy"}
+_MODULES = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "keras": "keras",
+    "jax": "jax",
+    "jaxlib": "jax",
+    "tensorflow": "tensorflow",
+}
 
 
 @cache
@@ -42,18 +48,30 @@ def backend_of(variable: Any) -> type[Backend] | None:
 
 def supported() -> str:
     """The libraries whose variables can be trained, for messages."""
-    return ", ".join(sorted(_MODULES))
+    return ", ".join(sorted(set(_MODULES.values())))
 
 
 def functions_of(value: Any) -> Any:
     """The elementwise functions of the library that a value belongs to.
 
-    Python numbers belong to NumPy. The namespace has `minimum, maximum, where, floor, ceil, cos,
-    log, power` and `asarray_float`, which converts to the library's float type.
+    The namespace has `minimum, maximum, where, floor, ceil, cos, log, power` and `asarray_float`,
+    which converts to the library's float type; numbers are computed with in double precision.
     """
-    backend = backend_of(value) or backend_of(_NUMBER)
-    assert backend is not None
+    if isinstance(value, (int, float, np.generic)):
+        return Numbers
+    backend = backend_of(value)
+    if backend is None:
+        raise TypeError(
+            f"A step must be a number or an array of one of these libraries: {supported()}. "
+            f"Received: {received(value)}."
+        )
     return backend.elementwise
 
 
-__all__ = ["Backend", "backend_of", "functions_of", "supported"]
+def introduce(kind: type) -> None:
+    """Let a library that is there know a class of optimizers, as TensorFlow does to save them."""
+    if hasattr(sys.modules.get("tensorflow"), "Variable"):
+        import_module(".tensorflow", __name__).introduce(kind)
+
+
+__all__ = ["Backend", "backend_of", "functions_of", "introduce", "supported"]

@@ -6,6 +6,7 @@ its library, and may keep what it prepared for them.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,14 @@ class Entry:
     slots: tuple[Any, ...] = ()
     accumulator: Any = None
     average: Any = None
+    # Of a Keras variable: whether its gradient is its new value.
+    replaced: bool = False
+    # What the user knows the variable by: the variable itself, or what it was taken out of.
+    key: Any = None
+
+    def __post_init__(self) -> None:
+        if self.key is None:
+            self.key = self.variable
 
     @property
     def slot_dtype(self) -> str:
@@ -57,6 +66,15 @@ class Backend(ABC):
     functions: ClassVar[Any]
     # Functions of a number or an array of the library, for schedules: see `functions_of`.
     elementwise: ClassVar[Any]
+
+    # Where values cannot be overwritten: makes what stands for a variable of another library that
+    # holds such a value, by its `value` and `assign`.
+    holder: ClassVar[Any] = None
+
+    @classmethod
+    def over(cls, variables: Sequence[Any]) -> Backend:
+        """A backend for these variables, all of its library."""
+        return cls()
 
     @abstractmethod
     def describe(self, variable: Any, name: str) -> Entry:
@@ -94,6 +112,43 @@ class Backend(ABC):
     def assign(self, variable: Any, value: Any) -> None:
         """Overwrite a variable or slot by a value of its shape."""
 
+    def created(self, optimizer: Any, name: str, variable: Any) -> None:
+        """Note that this is a state variable: its value may have been waiting for it."""
+
+    def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """The shape and type of what `numpy` would return."""
+        value = self.numpy(variable)
+        return value.shape, value.dtype
+
+    def array(self, variable: Any) -> Any:
+        """The present value, to compute with."""
+        return variable
+
+    def shown(self, variable: Any) -> Any:
+        """What users are given of a state variable: itself, where it can be overwritten."""
+        return variable
+
+    def count(self, variable: Any) -> Any:
+        """The number of calls after a step, for `apply_gradients` to return without a wait."""
+        return self.value(variable)
+
+    def stand_ins(self, entries: Sequence[Entry], variables: list[Any]) -> list[Entry] | None:
+        """The entries of variables that stand for those the optimizer was built with, as the
+        arguments of a traced function may; None if these are the variables themselves.
+        """
+        return None
+
+    def check_built(self, entries: Sequence[Entry]) -> None:
+        """Raise an error if a variable is not any more what the optimizer was built with."""
+        for entry in entries:
+            now = self.describe(entry.key, entry.name)
+            if (now.shape, now.dtype) != (entry.shape, entry.dtype):
+                raise ValueError(
+                    f"Variable '{entry.name}' must stay as it was built, of shape {entry.shape} "
+                    f"and dtype {entry.dtype}. It now has shape {now.shape} and dtype "
+                    f"{now.dtype}. Create a new optimizer for it."
+                )
+
     @abstractmethod
     def gradient(self, gradient: Any, entry: Entry) -> Any:
         """A gradient, sparse ones coalesced, or an error naming the variable."""
@@ -108,6 +163,30 @@ class Backend(ABC):
         Only there to be fast: whatever is not recognised is checked at length.
         """
         return None
+
+    def run(
+        self,
+        step: Callable[[Selection, Any, Any, Any], None],
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        fixed: Any,
+    ) -> None:
+        """Do `step(selection, gradients, rate, fixed)`, as a compiled whole where that pays.
+
+        `gradients` and `rate` change from call to call; a compiled step serves one `fixed`.
+        """
+        step(selection, gradients, rate, fixed)
+
+    def replace(self, entry: Entry, gradient: Any, iteration: Any, steps: int | None) -> None:
+        """Make a gradient the value of its variable (Keras's `overwrite_with_gradient`).
+
+        Of `steps` gradients under accumulation it is the largest, element by element.
+        """
+        raise NotImplementedError
+
+    def constrain(self, entries: Sequence[Entry]) -> None:
+        """Apply the constraints that variables have."""
 
     @abstractmethod
     def square_sums(
@@ -157,6 +236,19 @@ class Backend(ABC):
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
     ) -> list[Any]:
         """Gradients of `scale(loss)` by the library's own differentiation."""
+
+
+def takes_arguments(loss: Callable[..., Any]) -> bool:
+    """Whether a loss wants the variables, rather than reading them from its closure."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(
+        p.kind is p.VAR_POSITIONAL or (p.kind in positional and p.default is p.empty)
+        for p in parameters
+    )
 
 
 def received(value: Any) -> str:

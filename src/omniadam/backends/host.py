@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from .. import options
 from ..kernels import layout
-from ..kernels.cpu import SparseRows
+from ..kernels.cpu import STORAGE, SparseRows, threads
 from ..kernels.layout import Odd, Operand, Plan
 from ..rule import Pass, RuleKey, make_element, make_gradient
 from .base import Backend, Entry, Selection
@@ -21,15 +22,24 @@ from .base import Backend, Entry, Selection
 Array = npt.NDArray[Any]
 
 
-class Host:
-    """Functions of the host: `math` in double precision for scalars."""
+class Numbers:
+    """Functions of Python numbers, in double precision."""
 
-    sqrt = staticmethod(math.sqrt)
-    expm1 = staticmethod(math.expm1)
+    sqrt, expm1 = staticmethod(math.sqrt), staticmethod(math.expm1)
+    cos, power = staticmethod(math.cos), staticmethod(math.pow)
+    asarray_float = float
 
     @staticmethod
     def log(x: float) -> float:
         return math.log(x) if x > 0.0 else -math.inf
+
+    @staticmethod
+    def floor(x: float) -> float:
+        return float(math.floor(x))
+
+    @staticmethod
+    def ceil(x: float) -> float:
+        return float(math.ceil(x))
 
     @staticmethod
     def where(condition: bool, a: float, b: float) -> float:
@@ -39,18 +49,24 @@ class Host:
     def maximum(a: float, b: float) -> float:
         return a if a > b or a != a else b
 
+    @staticmethod
+    def minimum(a: float, b: float) -> float:
+        return a if a < b or a != a else b
 
-class Elementwise:
-    """What schedules are computed with: numbers or arrays of steps, in double precision."""
 
-    minimum, where = staticmethod(np.minimum), staticmethod(np.where)
-    floor, ceil, cos = staticmethod(np.floor), staticmethod(np.ceil), staticmethod(np.cos)
-    log, power = staticmethod(np.log), staticmethod(np.power)
-    maximum = staticmethod(np.maximum)
+class Arrays:
+    """Functions of NumPy arrays, in double precision."""
+
+    minimum, maximum, where = np.minimum, np.maximum, np.where
+    floor, ceil, cos = np.floor, np.ceil, np.cos
+    log, power = np.log, np.power
 
     @staticmethod
     def asarray_float(x: Any) -> Any:
-        return np.asarray(x, np.float64)[()]
+        return np.asarray(x, np.float64)
+
+
+_NO_FACTORS = array("d")
 
 
 class Gradients:
@@ -68,12 +84,28 @@ class Gradients:
 class HostMemory(Backend):
     """A backend whose variables lie in the host's memory, so that the CPU kernels reach them."""
 
-    functions: ClassVar[Any] = Host
-    elementwise: ClassVar[Any] = Elementwise
+    functions: ClassVar[Any] = Numbers
+    elementwise: ClassVar[Any] = Arrays
 
     def view(self, variable: Any) -> Array:
-        """The memory of a variable or slot as an array."""
+        """The memory of a variable, slot or gradient as an array."""
         raise NotImplementedError
+
+    def copied(self, values: Any) -> Any:
+        """A variable or gradient in memory of its own."""
+        return copy.deepcopy(values)
+
+    def dtype(self, variable: Any) -> str:
+        """What that memory holds: one of FLOATS."""
+        raise NotImplementedError
+
+    def floats(self, values: Any, entry: Entry) -> Any:
+        """A variable, or its gradient (or that as an array), in the type that is computed in."""
+        raise NotImplementedError
+
+    def threads(self) -> int:
+        """How many threads a large step uses."""
+        return threads()
 
     def operand(self, entry: Entry) -> Operand:
         return Operand(
@@ -87,77 +119,80 @@ class HostMemory(Backend):
     def check_distinct(self, entries: Sequence[Entry]) -> None:
         spans = []
         for entry in entries:
-            values = self.view(entry.variable)
-            spans.append((*np.lib.array_utils.byte_bounds(values), entry, values))
+            for values in _arrays(self.operand(entry)):
+                if values.size:
+                    spans.append((*np.lib.array_utils.byte_bounds(values), entry, values))
         spans.sort(key=lambda span: span[:2])
         reach: list[Any] = []
         for low, high, entry, values in spans:
             reach = [other for other in reach if other[1] > low]
             for _, _, other, others in reach:
-                if values.size and others.size and np.shares_memory(values, others):
+                if np.shares_memory(values, others):
                     raise ValueError(
-                        f"Variables must not share memory. Received '{other.name}' of shape "
-                        f"{other.shape} and '{entry.name}' of shape {entry.shape}, which overlap. "
-                        "Pass each variable once, or pass the array that both are views of."
+                        "Variables must not share memory, nor with the optimizer's state. "
+                        f"Received '{other.name}' of shape {other.shape} and '{entry.name}' of "
+                        f"shape {entry.shape}, which overlap. Pass each variable once, or pass the "
+                        "array that both are views of."
                     )
             reach.append((low, high, entry, values))
 
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         plain = array("q", [0] * len(gradients))
         odd: dict[int, Any] = {}
-        written = selection.prepared.get("memory")
-        if written is None:
-            written = selection.prepared["memory"] = self._written(selection)
+        self._locate(selection)
+        prepared = selection.prepared
+        written, operands, compiled = prepared["memory"], prepared["operands"], prepared["compiled"]
         for i, (gradient, entry) in enumerate(zip(gradients, selection.entries, strict=True)):
             if isinstance(gradient, SparseRows):
                 odd[i] = gradient, gradient.values.dtype.name
                 continue
-            values, dtype = gradient
+            values, dtype = self.view(gradient), self.dtype(gradient)
             if _overlaps(values, written):
-                values = values.copy()
-            operand = self._operands(selection)[i]
-            if dtype == entry.dtype and layout.compiled_for(operand.variable, values):
+                gradients[i] = self.copied(gradient)
+                values = self.view(gradients[i])
+            if compiled[i] and dtype == entry.dtype and layout.lies_like(values, operands[i]):
                 plain[i] = values.ctypes.data
             else:
                 odd[i] = values, dtype
-            gradients[i] = values, dtype
         return Gradients(plain, gradients, odd)
 
-    def _operands(self, selection: Selection) -> list[Operand]:
-        found = selection.prepared.get("operands")
-        if found is None:
-            found = [self.operand(entry) for entry in selection.entries]
-            selection.prepared["operands"] = found
-        return found
+    def is_located(self, selection: Selection) -> bool:
+        """Whether a glance shows that everything lies where it did when it was located last."""
+        return False
 
-    def _written(self, selection: Selection) -> list[tuple[int, int]]:
-        """The spans of memory that a step writes to, in order, overlaps of spans merged."""
-        spans = []
-        for entry in (*selection.entries, *selection.rest):
-            o = self.operand(entry)
-            for values in (o.variable, *o.slots, o.accumulator, o.average):
-                if values is not None and values.size:
-                    spans.append(np.lib.array_utils.byte_bounds(values))
-        merged: list[tuple[int, int]] = []
-        for low, high in sorted(spans):
-            if merged and low < merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-            else:
-                merged.append((low, high))
-        return merged
+    def _locate(self, selection: Selection) -> None:
+        """Prepare for where variables and state lie now; what was for other places is dropped."""
+        if self.is_located(selection):
+            return
+        entries, prepared = (*selection.entries, *selection.rest), selection.prepared
+        Backend.check_built(self, entries)
+        operands = [self.operand(entry) for entry in entries]
+        places = [
+            (a.ctypes.data, a.shape, a.strides, a.dtype) for o in operands for a in _arrays(o)
+        ]
+        if prepared.get("places") != places:
+            for entry, operand in zip(entries, operands, strict=True):
+                _check_state(entry, operand)
+            self.check_distinct(entries)
+            prepared.clear()  # it holds addresses
+            prepared["places"], prepared["memory"] = places, _spans(operands)
+            prepared["operands"] = operands
+            prepared["compiled"] = [layout.compiled_for(operand, None) for operand in operands]
 
     def _plan(
         self, kind: Pass, rule: RuleKey, selection: Selection, odd: dict[int, Any]
     ) -> tuple[Plan | None, list[int]]:
         """The plan for the regular entries (of the rest, if the pass reads no gradient)."""
-        key = (kind, rule, tuple(odd))
+        # The optimizer keeps its passes and rule, and to hash what they hold takes a microsecond.
+        key = (id(kind), id(rule), *odd)
         found = selection.prepared.get(key)
         if found is None:
+            operands: list[Operand] = selection.prepared["operands"]
             if kind.gradient:
-                operands, entries = self._operands(selection), selection.entries
+                entries = selection.entries
             else:
-                operands, entries = [self.operand(e) for e in selection.rest], selection.rest
-            regular = [i for i in range(len(operands)) if i not in odd]
+                operands, entries = operands[len(selection.entries) :], selection.rest
+            regular = [i for i in range(len(entries)) if i not in odd]
             plan = None
             if regular:
                 plan = Plan(
@@ -165,29 +200,29 @@ class HostMemory(Backend):
                     rule,
                     [operands[i] for i in regular],
                     [entries[i].decayed for i in regular],
+                    self.threads,
                 )
-            found = selection.prepared[key] = (plan, regular)
-        return found
+            found = selection.prepared[key] = (plan, regular, kind, rule)
+        return found[:2]
 
     def _odd_of(self, kind: Pass, selection: Selection, gradients: Gradients) -> dict[int, Any]:
         if kind.gradient:
             return gradients.odd
         found = selection.prepared.get("odd rest")
         if found is None:
+            compiled = selection.prepared["compiled"][len(selection.entries) :]
             found = selection.prepared["odd rest"] = {
-                i: (None, entry.dtype)
-                for i, entry in enumerate(selection.rest)
-                if not layout.compiled_for(self.view(entry.variable), None)
+                i: (None, selection.rest[i].dtype) for i, is_ in enumerate(compiled) if not is_
             }
         return found
 
     def _odd_pass(self, kind: Pass, rule: RuleKey, selection: Selection, i: int, odd: Any) -> Odd:
         entry = (selection.entries if kind.gradient else selection.rest)[i]
+        operands: list[Operand] = selection.prepared["operands"]
+        operand = operands[i if kind.gradient else len(selection.entries) + i]
         gradient, dtype = odd
-        if not kind.gradient:
-            gradient = None
         kind = kind._replace(decayed=kind.decayed and entry.decayed)
-        return Odd(kind, rule, self.operand(entry), gradient, dtype)
+        return Odd(kind, rule, operand, gradient, dtype, self.threads)
 
     def square_sums(
         self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
@@ -216,7 +251,9 @@ class HostMemory(Backend):
         rule_c: Sequence[float],
         pass_c: Sequence[float],
     ) -> None:
-        rule_c, pass_c, factors = array("d", rule_c), array("d", pass_c), array("d", factors)
+        # An array is made of a plain tuple in half the time that one of named fields takes.
+        rule_c, pass_c = array("d", tuple(rule_c)), array("d", tuple(pass_c))
+        factors = array("d", factors) if factors else _NO_FACTORS
         odd = self._odd_of(kind, selection, gradients)
         plan, regular = self._plan(kind, rule, selection, odd)
         addresses = gradients.addresses
@@ -248,26 +285,30 @@ class HostMemory(Backend):
         update: Callable[[Any, Entry], None],
     ) -> None:
         for i, entry in enumerate(selection.entries):
+            gradient, w = gradients.native[i], self.floats(entry.variable, entry)
+            if isinstance(gradient, SparseRows):
+                rows, gradient = gradient, np.zeros(entry.shape, entry.slot_dtype)
+                gradient[rows.rows] = rows.values
+            g = self.floats(gradient, entry)
 
             def rule(w: Any, g: Any, slots: Any, c: Any, entry: Entry = entry) -> Any:
                 if kind.decayed and entry.decayed:
                     self.assign(entry.variable, w)
                 update(g, entry)
-                return entry.variable, slots
+                return self.floats(entry.variable, entry), slots
 
             element = make_element(
                 kind._replace(decayed=kind.decayed and entry.decayed),
                 rule,
-                make_gradient(kind),
-                minimum=np.minimum,
-                maximum=np.maximum,
-                where=np.where,
+                make_gradient(kind, self.elementwise.minimum, self.elementwise.maximum),
+                minimum=self.elementwise.minimum,
+                maximum=self.elementwise.maximum,
+                where=Numbers.where,  # whether to overwrite is the same for all elements
                 rounded=lambda w: w,
             )
-            gradient = gradients.native[i]
             factor = factors[i] if factors else 1.0
             w, _, accumulator, average = element(
-                entry.variable, gradient, (), entry.accumulator, entry.average, factor, (), pass_c
+                w, g, (), entry.accumulator, entry.average, factor, (), pass_c
             )
             if kind.accumulated:
                 self.assign(entry.accumulator, accumulator)
@@ -279,19 +320,66 @@ class HostMemory(Backend):
     def stateless_apply(
         self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
     ) -> tuple[list[Any], list[Any]]:
-        twin = copy.deepcopy(optimizer)
-        copies = [copy.deepcopy(variable) for variable in variables]
-        twin.build(copies)
-        twin.set_weights(state)
-        twin.apply(gradients, copies)
-        return copies, twin.variables
+        return twin_apply(optimizer, state, gradients, variables, self.copied)
 
     def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
         yes() if condition else no()
+
+
+def twin_apply(
+    optimizer: Any,
+    state: list[Any],
+    gradients: list[Any],
+    variables: list[Any],
+    copied: Callable[[Any], Any],
+) -> tuple[list[Any], list[Any]]:
+    """A step of a copy of an optimizer on copies of the variables."""
+    twin = copy.deepcopy(optimizer)
+    copies = [copied(variable) for variable in variables]
+    twin.build(copies)
+    twin.set_weights(state)
+    twin.apply(gradients, copies)
+    return copies, twin.variables
+
+
+def _arrays(operand: Operand) -> list[Array]:
+    every = (operand.variable, *operand.slots, operand.accumulator, operand.average)
+    return [values for values in every if values is not None]
+
+
+def _check_state(entry: Entry, operand: Operand) -> None:
+    """Raise ValueError if somebody replaced the memory of a slot by some of another form."""
+    stored = np.dtype(STORAGE[entry.slot_dtype])
+    for values in _arrays(operand)[1:]:
+        if (values.shape, values.dtype) != (entry.shape, stored):
+            raise ValueError(
+                f"The optimizer's state for variable '{entry.name}' must stay as it was built, of "
+                f"shape {entry.shape} and dtype {entry.slot_dtype}. It now has shape "
+                f"{values.shape} and dtype {values.dtype}. Write to state variables in place, or "
+                "use set_weights()."
+            )
+
+
+def _spans(operands: Sequence[Operand]) -> list[tuple[int, int]]:
+    """The spans of memory that a step writes to, in order, overlaps of spans merged."""
+    spans = [
+        np.lib.array_utils.byte_bounds(values)
+        for operand in operands
+        for values in _arrays(operand)
+        if values.size
+    ]
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if merged and low < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return merged
 
 
 def _overlaps(values: Array, spans: list[tuple[int, int]]) -> bool:
     if not values.size:
         return False
     low, high = np.lib.array_utils.byte_bounds(values)
-    return any(start < high and stop > low for start, stop in spans)
+    i = bisect_left(spans, (high,))  # the spans that begin before the array ends
+    return i > 0 and spans[i - 1][1] > low

@@ -27,6 +27,12 @@ class NumPy(HostMemory):
     def view(self, variable: Array) -> Array:
         return layout.stored(variable)
 
+    def dtype(self, variable: Array) -> str:
+        return variable.dtype.name
+
+    def floats(self, values: Array, entry: Entry) -> Array:
+        return values.astype(entry.slot_dtype, copy=False)
+
     def name_of(self, variable: Array) -> None:
         return None
 
@@ -53,7 +59,9 @@ class NumPy(HostMemory):
                 f"Variable '{name}' of shape {variable.shape} is read-only, so it cannot be "
                 "updated in place. Pass a writable copy, or set variable.flags.writeable = True."
             )
-        if variable.size and not layout.is_injective(variable):
+        if variable.size and not layout.is_injective(
+            variable.shape, variable.strides, variable.itemsize
+        ):
             raise ValueError(
                 f"Variable '{name}' of shape {variable.shape} has elements that share memory "
                 f"(strides {variable.strides}), as np.broadcast_to makes. Pass a copy of it."
@@ -67,7 +75,8 @@ class NumPy(HostMemory):
         return np.array(value)
 
     def numpy(self, variable: Array) -> Array:
-        return np.array(variable)
+        is_bfloat16 = variable.dtype.name == "bfloat16"  # of the package ml_dtypes
+        return np.array(variable, np.float32 if is_bfloat16 else None)
 
     def assign(self, variable: Array, value: Any) -> None:
         variable[...] = value
@@ -75,7 +84,8 @@ class NumPy(HostMemory):
     def gradient(self, gradient: Any, entry: Entry) -> Any:
         if isinstance(gradient, IndexedSlices):
             _check_shape(gradient, entry)
-            return SparseRows(*gradient.coalesce())
+            rows, values = gradient.coalesce()
+            return SparseRows(rows, _usable(values))
         if not isinstance(gradient, np.ndarray) or isinstance(gradient, np.ma.MaskedArray):
             # A 0-d result of a reduction is a NumPy scalar, which autograd returns too.
             if not isinstance(gradient, np.generic):
@@ -86,25 +96,22 @@ class NumPy(HostMemory):
                 )
             gradient = np.asarray(gradient)
         _check_shape(gradient, entry)
-        if gradient.dtype.kind not in "fiu":
+        if gradient.dtype.kind not in "fiu" and gradient.dtype.name not in FLOATS:
             raise TypeError(
                 f"The gradient of variable '{entry.name}' must hold real numbers. Received dtype "
                 f"{gradient.dtype}; the variable has dtype {entry.dtype}."
             )
-        if gradient.dtype.name not in FLOATS or not gradient.dtype.isnative:
-            gradient = gradient.astype(np.float64)
-        return layout.stored(np.asarray(gradient)), gradient.dtype.name
+        return _usable(np.asarray(gradient))
 
     def recognise(
         self, selection: Selection, gradients: list[Any], variables: list[Any]
     ) -> Gradients | None:
-        if "inspector" not in selection.prepared:
+        prepared = selection.prepared
+        if "inspector" not in prepared and "memory" in prepared:
             own = [entry.variable for entry in selection.entries]
             usable = can_inspect() and all(map(Inspector.takes, own))
-            selection.prepared["inspector"] = (
-                Inspector(own, self._written(selection)) if usable else None
-            )
-        inspector = selection.prepared["inspector"]
+            prepared["inspector"] = Inspector(own, prepared["memory"]) if usable else None
+        inspector = prepared.get("inspector")
         if inspector is None:
             return None
         addresses = inspector.addresses(gradients, variables)
@@ -115,6 +122,7 @@ class NumPy(HostMemory):
     ) -> list[Any]:
         try:
             from autograd import make_vjp
+            from autograd.tracer import getval
         except ImportError as error:
             raise ImportError(
                 "Differentiating a loss over NumPy arrays needs HIPS autograd: "
@@ -126,23 +134,32 @@ class NumPy(HostMemory):
                 "`loss` must be a callable with one argument a variable, written with "
                 f"autograd.numpy. Received: {received(loss)}."
             )
-        vjp, value = make_vjp(lambda each: scale(loss(*each)), 0)(list(variables))
-        if grad_loss is None:
-            if getattr(value, "shape", ()) != () or not isinstance(
-                value, (float, np.floating, np.ndarray)
-            ):
+
+        def checked(each: list[Any]) -> Any:
+            boxed = loss(*each)
+            value = getval(boxed)
+            kind = getattr(getattr(value, "dtype", None), "kind", type(value).__name__)
+            if kind not in ("f", "float") or (grad_loss is None and np.shape(value) != ()):
                 raise ValueError(
-                    "`loss` must return a real scalar. Received: "
-                    f"{received(value)} of shape {getattr(value, 'shape', ())}. Take its mean or "
-                    "sum, or pass `grad_loss` of the same shape."
+                    f"`loss` must return a real scalar. Received: {received(value)} of shape "
+                    f"{np.shape(value)}. Take its mean or sum, or pass `grad_loss` of the same "
+                    "shape."
                 )
-            grad_loss = np.ones_like(value)
-        elif np.shape(grad_loss) != np.shape(value):
-            raise ValueError(
-                f"`grad_loss` must have the shape of the loss, {np.shape(value)}. Received shape "
-                f"{np.shape(grad_loss)}."
-            )
-        return list(vjp(grad_loss))
+            if grad_loss is not None and np.shape(grad_loss) != np.shape(value):
+                raise ValueError(
+                    f"`grad_loss` must have the shape of the loss, {np.shape(value)}. Received "
+                    f"shape {np.shape(grad_loss)}."
+                )
+            return scale(boxed)
+
+        vjp, value = make_vjp(checked, 0)(list(variables))
+        return list(vjp(np.ones_like(value) if grad_loss is None else grad_loss))
+
+
+def _usable(gradient: Array) -> Array:
+    """A gradient in a type that kernels read."""
+    usable = gradient.dtype.name in FLOATS and gradient.dtype.isnative
+    return gradient if usable else gradient.astype(np.float64)
 
 
 def _check_shape(gradient: Any, entry: Entry) -> None:

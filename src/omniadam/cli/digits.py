@@ -1,9 +1,9 @@
-"""What `omniadam train` learns: handwritten digits, by a multilayer perceptron on NumPy arrays."""
+"""What `omniadam train` learns: handwritten digits, by a multilayer perceptron, in any library."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import autograd.numpy as anp
 import numpy as np
@@ -19,11 +19,11 @@ WIDTHS = (64, 512, 256, 10)
 class Examples:
     """Images as rows of 64 pixels in [0, 1], and their digits as rows of a one-hot matrix."""
 
-    images: Array
-    digits: Array
+    images: Any  # of NumPy, or inside a loss of the library that differentiates it
+    digits: Any
 
     def __len__(self) -> int:
-        return len(self.images)
+        return int(self.images.shape[0])
 
 
 def load() -> tuple[Examples, Examples]:
@@ -61,22 +61,46 @@ def batches(examples: Examples, size: int, seed: int, epoch: int) -> Iterator[Ex
         yield Examples(examples.images[chosen], examples.digits[chosen])
 
 
-def log_probabilities(parameters: Sequence[Array], images: Array) -> Any:
-    """The network: relu between dense layers, log-softmax at the end. autograd can trace it."""
-    *hidden, (kernel, bias) = zip(parameters[::2], parameters[1::2], strict=True)
-    x: Any = images
-    for weights, offset in hidden:
-        x = anp.dot(x, weights) + offset
-        x = x * (x > 0)  # autograd's derivative of maximum(x, 0) is float64
-    x = anp.dot(x, kernel) + bias
+class Functions(NamedTuple):
+    """How a library spells what the network needs of it beside + and *."""
+
+    dot: Callable[[Any, Any], Any]  # of matrices
+    relu: Callable[[Any], Any]
+    log_softmax: Callable[[Any], Any]  # of the rows of a matrix
+    sum: Callable[[Any], Any]  # of all elements
+
+
+def numpy_relu(x: Any) -> Any:
+    """As maximum(x, 0), whose derivative in autograd is float64. autograd can trace it."""
+    return x * (x > 0)
+
+
+def numpy_log_softmax(x: Any) -> Any:
+    """The rows' logarithms of probabilities. autograd can trace it."""
     x = x - np.max(getval(x), axis=1, keepdims=True)  # against overflow; no part of the derivative
     return x - anp.log(anp.sum(anp.exp(x), axis=1, keepdims=True))
 
 
-def cross_entropy(parameters: Sequence[Array], examples: Examples) -> Any:
-    """The mean of -log(probability of the right digit). autograd can trace it."""
-    right = examples.digits * log_probabilities(parameters, examples.images)
-    return anp.sum(right) * np.float32(-1 / len(examples))
+ON_NUMPY = Functions(anp.dot, numpy_relu, numpy_log_softmax, anp.sum)
+
+
+def log_probabilities(
+    parameters: Sequence[Any], images: Any, functions: Functions = ON_NUMPY
+) -> Any:
+    """The network: relu between dense layers, log-softmax at the end."""
+    *hidden, (kernel, bias) = zip(parameters[::2], parameters[1::2], strict=True)
+    x = images
+    for weights, offset in hidden:
+        x = functions.relu(functions.dot(x, weights) + offset)
+    return functions.log_softmax(functions.dot(x, kernel) + bias)
+
+
+def cross_entropy(
+    parameters: Sequence[Any], examples: Examples, functions: Functions = ON_NUMPY
+) -> Any:
+    """The mean of -log(probability of the right digit)."""
+    right = examples.digits * log_probabilities(parameters, examples.images, functions)
+    return functions.sum(right) * np.float32(-1 / len(examples))
 
 
 def loss_and_accuracy(parameters: Sequence[Array], examples: Examples) -> tuple[float, float]:

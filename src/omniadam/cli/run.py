@@ -5,15 +5,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
-from autograd import value_and_grad
 from numpy.typing import NDArray
 
 from omniadam import Adam, schedules
 from omniadam.cli import checkpoint, digits
 from omniadam.cli.digits import Array, Examples
+from omniadam.cli.frameworks import FRAMEWORKS
 from omniadam.schedules import LearningRateSchedule
 
 FORMAT = 1  # of the checkpoint; a file with another number is not read
@@ -29,6 +30,7 @@ class Settings:
     schedule: str
     schedule_epochs: int
     adam: Mapping[str, Any]
+    framework: str = "numpy"
 
     def flat(self) -> dict[str, Any]:
         """The settings under the names of the command's options."""
@@ -74,15 +76,24 @@ class Run:
         steps = settings.schedule_epochs * self.steps_per_epoch
         rate = schedule(settings.adam["learning_rate"], steps)
         self.optimizer = Adam(**{**settings.adam, "learning_rate": rate})
-        self.parameters = digits.initial_parameters(settings.seed)
+        self.framework = FRAMEWORKS[settings.framework](self.optimizer.scale_loss)
+        self.parameters = {
+            name: self.framework.variable(value)
+            for name, value in digits.initial_parameters(settings.seed).items()
+        }
         self.optimizer.build(self.parameters)
+        self.optimizer_seconds: list[float] = []  # of each step made here
         # An epoch a row: loss and accuracy on what is learned from, loss and accuracy on the test.
         self.history: list[tuple[float, float, float, float]] = []
 
     @property
-    def weights(self) -> list[Array]:
-        """The arrays that the optimizer updates."""
+    def variables(self) -> list[Any]:
+        """What the optimizer updates."""
         return list(self.parameters.values())
+
+    def weights(self) -> list[Array]:
+        """Copies of the variables' values."""
+        return [self.framework.numpy(variable) for variable in self.variables]
 
     @property
     def epoch(self) -> int:
@@ -91,13 +102,13 @@ class Run:
 
     def step(self, batch: Examples) -> float:
         """One update from one batch. Returns the loss before it."""
-
-        def scaled_loss(weights: list[Array]) -> Any:
-            return self.optimizer.scale_loss(digits.cross_entropy(weights, batch))
-
-        loss, gradients = value_and_grad(scaled_loss)(self.weights)
-        self.optimizer.apply_gradients(zip(gradients, self.weights, strict=True))
-        return float(loss) / (self.settings.adam["loss_scale_factor"] or 1.0)
+        variables = self.variables
+        loss, gradients = self.framework.loss_and_gradients(variables, batch)
+        start = perf_counter()
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        self.framework.numpy(variables[-1])  # a library may work on when it has returned
+        self.optimizer_seconds.append(perf_counter() - start)
+        return loss / (self.settings.adam["loss_scale_factor"] or 1.0)
 
     def train_epoch(self, progress: Callable[[float], object]) -> None:
         """Go through the examples once, and tell `progress` the loss of each step."""
@@ -120,12 +131,15 @@ class Run:
 
     def final_weights(self) -> list[Array]:
         """The weights to use: with use_ema their averages, else as they are. Copies."""
-        trained = [weight.copy() for weight in self.weights]
-        self.optimizer.finalize_variable_values(self.weights)
-        final = [weight.copy() for weight in self.weights]
-        for weight, value in zip(self.weights, trained, strict=True):
-            weight[...] = value
+        trained = self.weights()
+        self.optimizer.finalize_variable_values(self.variables)
+        final = self.weights()
+        self._assign(trained)
         return final
+
+    def _assign(self, weights: list[Array]) -> None:
+        for variable, weight in zip(self.variables, weights, strict=True):
+            self.optimizer.assign(variable, weight)
 
     def save(self, path: Path) -> None:
         """Write all that `resume` needs to go on as if there had been no interruption."""
@@ -137,7 +151,10 @@ class Run:
                 "format": np.array(FORMAT),
                 "settings": np.array(json.dumps(asdict(self.settings))),
                 "history": np.array(self.history, np.float64).reshape(-1, 4),
-                **{f"model/{name}": weight for name, weight in self.parameters.items()},
+                **{
+                    f"model/{name}": weight
+                    for name, weight in zip(self.parameters, self.weights(), strict=True)
+                },
                 **{f"optimizer/{name}": value for name, value in state.items()},
             },
         )
@@ -148,8 +165,7 @@ class Run:
 
     def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take the state of a run with these settings, as `save` wrote it."""
-        for name, weight in self.parameters.items():
-            weight[...] = arrays[f"model/{name}"]
+        self._assign([arrays[f"model/{name}"] for name in self.parameters])
         prefix = "optimizer/"
         self.optimizer.load_own_variables(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -15,7 +15,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from omniadam import Adam
-from omniadam.cli import checkpoint, curves, digits
+from omniadam.cli import checkpoint, compare, curves, digits
+from omniadam.cli.frameworks import FRAMEWORKS
 from omniadam.cli.run import SCHEDULES, Run, Settings, stored_settings
 
 # Defaults are Adam's own, read from its signature.
@@ -54,7 +55,21 @@ def hyperparameters(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+ALL = "all"
+
+
+class NotInstalled(click.ClickException):
+    """The library of a run is not there."""
+
+
 @click.command(context_settings={"max_content_width": 100})
+@click.option(
+    "--framework",
+    type=click.Choice([*FRAMEWORKS, ALL]),
+    default="numpy",
+    show_default=True,
+    help="Library of the variables and gradients; all makes the run in each and compares.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=25, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @hyperparameters
@@ -91,22 +106,74 @@ def train(
 ) -> None:
     """Train a small network on scikit-learn's handwritten digits with omniadam.Adam.
 
-    NumPy arrays, gradients by autograd. Takes some seconds. A run that was stopped, by whatever,
-    goes on with --resume and ends in the same numbers as one that was not.
+    Variables and gradients are NumPy's (by autograd) or another library's. Takes some seconds. A
+    run that was stopped, by whatever, goes on with --resume and ends in the same numbers as one
+    that was not.
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite contradict each other.")
-    names = ("checkpoint.npz", "model.npz", "curves.png")
-    state, model, picture = files = [output / name for name in names]
-    if not resume and not overwrite and any(file.exists() for file in files):
+    if options["framework"] == ALL:
+        if resume:
+            raise click.UsageError(
+                "--framework all starts from the beginning. --resume goes on with one of its runs: "
+                f"--output {shlex.quote(str(output / 'numpy'))} --resume"
+            )
+        train_all(context, output, overwrite, options)
+    else:
+        check_free(output, resume or overwrite)
+        run = train_one(context, output, resume, overwrite, options)
+        report(context, run, output)
+
+
+def train_all(
+    context: click.Context, output: Path, overwrite: bool, options: dict[str, Any]
+) -> None:
+    """The same run in every library that is there, each in its own folder, and a table."""
+    for name in FRAMEWORKS:
+        check_free(output / name, overwrite)
+    results = []
+    for name in FRAMEWORKS:
+        result = compare.Result(name)
+        results.append(result)
+        own = {**options, "framework": name}
+        try:
+            train_one(context, output / name, False, overwrite, own, f"{name:10}  ", result.note)
+        except NotInstalled as missing:
+            result.problem = missing.message
+    click.echo(f"\n{compare.table(results, options['epochs'])}\nThe runs are in {output}/.")
+
+
+FILES = ("checkpoint.npz", "model.npz", "curves.png")
+
+
+def check_free(output: Path, is_wanted: bool) -> None:
+    """Stop if a folder holds a run and nothing was said about it."""
+    if not is_wanted and any((output / name).exists() for name in FILES):
         raise click.UsageError(
             f"{output} holds a run. --resume goes on with it, --overwrite replaces it, "
             "another --output leaves it alone."
         )
+
+
+def train_one(
+    context: click.Context,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    options: dict[str, Any],
+    label: str = "",
+    note: Callable[[Run], object] = lambda run: None,
+) -> Run:
+    """A run from its beginning, or where it stopped, to its end, with everything it leaves behind.
+
+    `note` is called after each epoch, and `label` is put before the progress bar.
+    """
+    state, model, picture = (output / name for name in FILES)
+    run = open_run(context, options.copy(), state if resume else None)
+    name = run.settings.framework
     # A sum that is split between threads depends on how many there are: with one, a run that is
     # resumed on another number of cores keeps its bits. Matrices this small lose nothing.
-    with threadpool_limits(limits=1, user_api="blas"):
-        run = open_run(context, options, state if resume else None)
+    with threadpool_limits(limits=1):
         try:
             output.mkdir(parents=True, exist_ok=True)
             if overwrite:
@@ -115,9 +182,11 @@ def train(
             # Before the first step, so that a run can be resumed from any moment on; and when
             # resuming, because --epochs may have been raised.
             run.save(state)
-            train_to_the_end(run, state)
+            train_to_the_end(run, state, label, note)
             run.save_model(model)
-            curves.draw(picture, np.array(run.history), f"Handwritten digits: {headline(run)}")
+            where = "" if name == "numpy" else f" on {run.framework.title}"
+            title = f"Handwritten digits{where}: {headline(run)}"
+            curves.draw(picture, np.array(run.history), title)
         except OSError as error:
             raise click.ClickException(f"Cannot write to {output}: {error}") from error
         except FloatingPointError as error:
@@ -126,7 +195,7 @@ def train(
             click.echo(f"Stopped after epoch {run.epoch}. To go on:", err=True)
             click.echo(f"  {again(context, output)} --resume", err=True)
             sys.exit(130)
-    report(context, run, files)
+    return run
 
 
 def open_run(context: click.Context, options: dict[str, Any], file: Path | None) -> Run:
@@ -147,6 +216,8 @@ def open_run(context: click.Context, options: dict[str, Any], file: Path | None)
     learn, test = digits.load()
     try:
         run = Run(settings, learn, test)
+    except ModuleNotFoundError as error:
+        raise NotInstalled(not_installed(settings.framework, error)) from error
     except (TypeError, ValueError) as error:
         raise click.UsageError(" ".join(str(error).split())) from error
     if stored is not None:
@@ -155,14 +226,26 @@ def open_run(context: click.Context, options: dict[str, Any], file: Path | None)
     return run
 
 
+def not_installed(framework: str, error: ModuleNotFoundError) -> str:
+    """What is missing, and what to do."""
+    library = str(error.name).partition(".")[0]
+    package = f"'omniadam[{library}]'" if library in FRAMEWORKS else library
+    other = ", or set KERAS_BACKEND" if framework == "keras" != library else ""
+    return f"{library} is not installed: pip install {package}{other}"
+
+
 def resumed_settings(context: click.Context, options: dict[str, Any], stored: Settings) -> Settings:
-    """The stored settings, with --epochs raised where it was given; no other may differ."""
+    """The stored settings, with --epochs raised or --framework changed where it was given.
+
+    No other may differ.
+    """
     before = stored.flat()
     given = {
         name: value
         for name, value in options.items()
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
+    framework = given.pop("framework", stored.framework)  # state is the same in each
     epochs = given.get("epochs", stored.epochs)
     if epochs > stored.epochs:
         del given["epochs"]
@@ -173,10 +256,12 @@ def resumed_settings(context: click.Context, options: dict[str, Any], stored: Se
                 f"{before[name]}. Leave the option out, or start another run with --output."
                 + (" --epochs can only be raised." if name == "epochs" else "")
             )
-    return replace(stored, epochs=epochs)
+    return replace(stored, epochs=epochs, framework=framework)
 
 
-def train_to_the_end(run: Run, file: Path) -> None:
+def train_to_the_end(
+    run: Run, file: Path, label: str = "", note: Callable[[Run], object] = lambda run: None
+) -> None:
     """Train the epochs that are left, with a progress bar and a checkpoint after each."""
     steps, epochs = run.steps_per_epoch, run.settings.epochs
     with tqdm(total=epochs * steps, initial=run.epoch * steps, unit="step") as bar:
@@ -189,10 +274,11 @@ def train_to_the_end(run: Run, file: Path) -> None:
             bar.update()
 
         while run.epoch < epochs:
-            bar.set_description(f"epoch {run.epoch + 1}/{epochs}", refresh=False)
+            bar.set_description(f"{label}epoch {run.epoch + 1}/{epochs}", refresh=False)
             losses.clear()
             run.train_epoch(progress)
             run.save(file)
+            note(run)
             accuracy = f", test accuracy {run.history[-1][3]:.2%}"
         loss = run.history[-1][0]
         bar.set_postfix_str(f"loss {loss:.4f}{accuracy}")
@@ -210,9 +296,10 @@ def again(context: click.Context, output: Path) -> str:
     return f"{context.command_path} --output {shlex.quote(str(output))}"
 
 
-def report(context: click.Context, run: Run, files: list[Path]) -> None:
+def report(context: click.Context, run: Run, output: Path) -> None:
     """Say what came out, where it is, and what could be next."""
     new = context.command_path
+    files = [output / name for name in FILES]
     click.echo(f"\n{headline(run).capitalize()}\n")
     for file, content in zip(
         files,
@@ -227,8 +314,9 @@ def report(context: click.Context, run: Run, files: list[Path]) -> None:
     click.echo(
         f"""
 To try next:
-  {again(context, files[0].parent)} --resume --epochs {run.epoch * 2}
+  {again(context, output)} --resume --epochs {run.epoch * 2}
   {new} --output runs/cosine --schedule cosine --learning-rate 0.003
   {new} --output runs/steady --use-ema --weight-decay 0.01 --global-clipnorm 1
+  {new} --output runs/all --framework all
   {new} --help"""
     )

@@ -15,7 +15,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, cached_property
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -62,7 +62,8 @@ def available() -> bool:
     choice = os.environ.get("OMNIADAM_KERNEL", "")
     if choice not in ("", "numba", "numpy"):
         raise ValueError(f"OMNIADAM_KERNEL must be 'numba' or 'numpy'. Received: {choice!r}")
-    return choice != "numpy" and _numba_installed()
+    is_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    return choice != "numpy" and not is_off and _numba_installed()
 
 
 @cache
@@ -172,7 +173,7 @@ def _choices(p: Any) -> tuple[Any, Any, Any]:
 def _arithmetic(p: Any, kind: Pass, rule: RuleKey, rounded: Any) -> tuple[Any, Any]:
     """`rule.make_gradient` and `rule.make_element`, bound to Numba."""
     minimum, maximum, where = _choices(p)
-    gradient = p.njit(arithmetic.make_gradient(kind))
+    gradient = p.njit(arithmetic.make_gradient(kind, minimum, maximum))
     element = arithmetic.make_element(
         kind,
         p.njit(rule.bind(math.sqrt, maximum)),
@@ -286,7 +287,8 @@ def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
     real = np.dtype(ARITHMETIC[dtype]).type
     read_size, real_size = np.dtype(read).itemsize, np.dtype(real).itemsize
     widen, _ = _conversions(p, gradient_dtype)
-    gradient = p.njit(arithmetic.make_gradient(kind))
+    minimum, maximum, _ = _choices(p)
+    gradient = p.njit(arithmetic.make_gradient(kind, minimum, maximum))
     int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
     fetch_add = p.fetch_add
     accumulated, double = kind.accumulated, np.float64
@@ -299,7 +301,7 @@ def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
             if k >= count:
                 break
             pc = view(to_pointer(j[_PASS], float64), (8,))
-            pass_c = (real(pc[0]), real(pc[1]))
+            pass_c = (real(pc[0]), real(pc[1]), real(pc[2]))
             zero = real(pc[7])
             chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
             partials = view(to_pointer(j[_PARTIALS], float64), (count,))
@@ -329,6 +331,11 @@ def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
 
 @cache
 def _pass_kernel(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> jit.Kernel:
+    if "<" in rule.make.__qualname__:  # what it captured would be missing in the key
+        raise ValueError(
+            "A rule must be made by a function at the top level of a module, so that its source "
+            f"and its settings say all that it does. Received: {rule.make.__qualname__}."
+        )
     return jit.compiled(
         lambda: _build_pass(kind, rule, dtype, gradient_dtype),
         repr((kind, rule.make.__module__, rule.make.__qualname__, rule[1:], dtype, gradient_dtype)),
@@ -386,22 +393,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
 
 
-def threads() -> int:
-    """How many threads a large step uses: OMNIADAM_NUM_THREADS, or the cores of this process."""
-    return _threads(os.environ.get("OMNIADAM_NUM_THREADS", ""))
+def threads(most: int | None = None) -> int:
+    """How many threads a large step uses: OMNIADAM_NUM_THREADS if that is set.
+
+    Else the cores of this process, but no more than OMP_NUM_THREADS says or than `most`, which a
+    library may have been set to.
+    """
+    setting = os.environ.get("OMNIADAM_NUM_THREADS", "")
+    if setting:
+        return _chosen_threads(setting)
+    found = _default_threads(os.environ.get("OMP_NUM_THREADS", ""))
+    return found if most is None else min(found, most)
 
 
 @cache
-def _threads(setting: str) -> int:
-    if setting:
-        if not setting.isdecimal() or int(setting) < 1:
-            raise ValueError(f"OMNIADAM_NUM_THREADS must be an integer >= 1. Received: {setting!r}")
-        return int(setting)
+def _chosen_threads(setting: str) -> int:
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"OMNIADAM_NUM_THREADS must be an integer >= 1. Received: {setting!r}")
+    return int(setting)
+
+
+@cache
+def _default_threads(openmp: str) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    outermost = openmp.partition(",")[0].strip()  # it may be a list, by depth of nesting
+    return min(cores, int(outermost)) if outermost.isdecimal() and int(outermost) else cores
 
 
-def _run(kernel: jit.Kernel, job: array[int], elements: int) -> None:
+def _run(kernel: jit.Kernel, job: array[int], elements: int, threads: Callable[[], int]) -> None:
     """Take every chunk of a job through a kernel, and return when all are done."""
     if elements >= PARALLEL and (helpers := min(threads(), job[_COUNT]) - 1) > 0:
         _helpers.wake(helpers, kernel, job)
@@ -417,6 +437,22 @@ class SparseRows(NamedTuple):
 
     rows: Int64s
     values: npt.NDArray[Any]
+
+    def dense(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements `start` to `stop` of the whole gradient, counted in C order."""
+        width = math.prod(self.values.shape[1:])
+        first, last = self._used_before(start, width), self._used_before(stop, width)
+        used = np.arange(first, last)
+        dense = np.zeros(stop - start, self.values.dtype)
+        at = self.rows[used // width] * width + used % width - start
+        dense[at] = self.values.reshape(-1)[first:last]
+        return dense
+
+    def _used_before(self, position: int, width: int) -> int:
+        row, column = divmod(position, width)
+        i = int(np.searchsorted(self.rows, row))
+        is_used = i < len(self.rows) and self.rows[i] == row
+        return i * width + (column if is_used else 0)
 
 
 def _dense_chunks(sizes: Sequence[int]) -> Int64s:
@@ -478,6 +514,7 @@ class Sweep:
             and its average, 0 where `kind` has no use for one.
         sizes: in elements, one a variable.
         sparse: the rows of the gradient, for a single variable whose gradient is sparse.
+        threads: how many threads may share the work, if there is much; asked at each run.
     """
 
     def __init__(
@@ -489,10 +526,13 @@ class Sweep:
         addresses: Sequence[Sequence[int]],
         sizes: Sequence[int],
         sparse: SparseRows | None = None,
+        threads: Callable[[], int] = threads,
     ) -> None:
-        self._kernel = partial(_pass_kernel, kind, rule, dtype, gradient_dtype)
-        self._squares = partial(_squares_kernel, kind, gradient_dtype, dtype)
+        self._of = kind, rule, dtype, gradient_dtype
+        self._threads = threads
         self._elements = sum(sizes)
+        if self._elements >= PARALLEL:
+            threads()  # a wrong setting is an error before anything is written
         self._chunks = _sparse_chunks(sizes[0], sparse) if sparse else _dense_chunks(sizes)
         self._addresses = np.array(addresses, np.int64)
         self._accumulators = np.ascontiguousarray(self._addresses[:, -2])
@@ -503,6 +543,16 @@ class Sweep:
         self._job[_ADDRESSES] = _address(self._addresses)
         self._job[_CHUNKS] = _address(self._chunks)
         self._job[_COUNT] = len(self._chunks)
+
+    # Found on first use: a pass that never clips by a norm compiles no sum of squares.
+    @cached_property
+    def _kernel(self) -> jit.Kernel:
+        return _pass_kernel(*self._of)
+
+    @cached_property
+    def _squares(self) -> jit.Kernel:
+        kind, _, dtype, gradient_dtype = self._of
+        return _squares_kernel(kind, gradient_dtype, dtype)
 
     def _prepared(
         self,
@@ -534,7 +584,8 @@ class Sweep:
             rule_c: the rule's coefficients, four of them.
             pass_c: the fields of `PassCoefficients`.
         """
-        _run(self._kernel(), self._prepared(gradients, factors, rule_c, pass_c), self._elements)
+        job = self._prepared(gradients, factors, rule_c, pass_c)
+        _run(self._kernel, job, self._elements, self._threads)
 
     def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
         """The sum of squares of each gradient, unscaled and averaged, in double precision."""
@@ -542,6 +593,6 @@ class Sweep:
         partials = array("d", bytes(8 * len(self._chunks)))
         job[_ADDRESSES] = _address(self._accumulators)
         job[_PARTIALS] = partials.buffer_info()[0]
-        _run(self._squares(), job, self._elements)
+        _run(self._squares, job, self._elements, self._threads)
         # In the order of memory, so that a sum does not depend on who computed which chunk.
         return [sum(partials[start:stop]) for start, stop in pairwise(self._first_chunk)]

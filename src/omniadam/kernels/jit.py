@@ -70,14 +70,21 @@ def _environment() -> tuple[str, ...]:
         platform.machine(),
         llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
+        # Numba's own settings, of which some decide how code is optimised.
+        *(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_")),
     )
 
 
 @cache
 def source_of(module: str) -> str:
     """The source text of a module, which is part of a kernel's key."""
-    file = sys.modules[module].__file__
-    return Path(file).read_text(encoding="utf-8") if file else ""
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None:
+        raise ValueError(
+            f"A rule must be written in a file, whose text tells its machine code from others'. "
+            f"Received one of module {module!r}, which has none; set OMNIADAM_KERNEL=numpy for it."
+        )
+    return Path(file).read_text(encoding="utf-8")
 
 
 @cache
@@ -157,7 +164,7 @@ def _folders() -> Iterator[Path]:
 def _is_ours(folder: Path) -> bool:
     if sys.platform == "win32":
         return folder.is_dir()
-    state = folder.lstat()
+    state = folder.stat()
     return folder.is_dir() and state.st_uid == os.getuid() and not state.st_mode & 0o022
 
 

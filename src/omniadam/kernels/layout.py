@@ -46,13 +46,21 @@ class Operand:
 
 
 def stored(values: Array) -> Array:
-    """The memory of an array: float16 as the uint16 that kernels read, others as they are."""
-    return values.view(np.uint16) if values.dtype == np.float16 else values
+    """The memory of an array: 16-bit floats as the uint16 that kernels read, others as they are."""
+    return values.view(np.uint16) if values.dtype.name in ("float16", "bfloat16") else values
 
 
 def is_flat(values: Array) -> bool:
     """Whether the elements lie densely in memory, in whatever order of the axes."""
-    return values.flags.c_contiguous or values.strides == np.empty_like(values).strides
+    if values.flags.c_contiguous or values.flags.f_contiguous:
+        return True
+    reach = values.itemsize
+    for stride, n in sorted(zip(values.strides, values.shape, strict=True)):
+        if n > 1:
+            if stride != reach:
+                return False
+            reach *= n
+    return True
 
 
 def same_order(a: Array, b: Array) -> bool:
@@ -73,7 +81,12 @@ class Plan:
     """
 
     def __init__(
-        self, kind: Pass, rule: RuleKey, operands: Sequence[Operand], decayed: Sequence[bool]
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        operands: Sequence[Operand],
+        decayed: Sequence[bool],
+        threads: Callable[[], int] = cpu.threads,
     ) -> None:
         groups: dict[tuple[str, bool], list[int]] = {}
         for i, (operand, is_decayed) in enumerate(zip(operands, decayed, strict=True)):
@@ -88,6 +101,7 @@ class Plan:
                     dtype,
                     [_addresses(operands[i].streams(kind)) for i in indices],
                     [operands[i].variable.size for i in indices],
+                    threads=threads,
                 ),
             )
             for (dtype, is_decayed), indices in groups.items()
@@ -128,6 +142,7 @@ def _buffers(
     stored: Sequence[bool],
     size: int,
     dtypes: Sequence[Any],
+    order: str,
 ) -> Iterator[list[Array | None]]:
     """The streams in flat pieces of at most `size` elements, written back where `stored`."""
     present = [i for i, each in enumerate(streams) if each is not None]
@@ -136,6 +151,7 @@ def _buffers(
         flags=["external_loop", "buffered", "zerosize_ok"],
         op_flags=[["readwrite" if stored[i] else "readonly", "contig", "aligned"] for i in present],
         op_dtypes=[dtypes[i] for i in present],
+        order=order,
         casting="unsafe",  # only a gradient has another type than it is read as
         buffersize=size,
     )
@@ -161,23 +177,20 @@ class Odd:
         operand: Operand,
         gradient: Array | SparseRows | None,
         gradient_dtype: str,
+        threads: Callable[[], int] = cpu.threads,
     ) -> None:
         self._kind, self._rule, self._operand = kind, rule, operand
+        self._threads = threads
         self._gradient_dtype = gradient_dtype
         self._compiled = cpu.available()
-        self._dense: Array | None = None
-        sparse: SparseRows | None = None
-        if not isinstance(gradient, SparseRows):
-            self._dense = gradient
-        elif self._compiled and operand.variable.flags.c_contiguous:
-            sparse = gradient
-        else:
-            self._dense = np.zeros(operand.variable.shape, gradient.values.dtype)
-            self._dense[gradient.rows] = gradient.values
+        self._sparse = gradient if isinstance(gradient, SparseRows) else None
+        self._dense = None if isinstance(gradient, SparseRows) else gradient
         self._sweep: Sweep | None = None
-        if sparse is not None or compiled_for(operand.variable, self._dense):
+        in_order = self._sparse is None or operand.variable.flags.c_contiguous
+        if in_order and compiled_for(operand, self._dense):
             self._address = array("q", _addresses([self._dense]))
-            self._sweep = self._over(operand.streams(kind), operand.variable.size, sparse)
+            streams, size = operand.streams(kind), operand.variable.size
+            self._sweep = self._over(streams, size, self._sparse)
 
     def _over(
         self, streams: Sequence[Array | None], size: int, sparse: SparseRows | None = None
@@ -190,6 +203,7 @@ class Odd:
             [_addresses(streams)],
             [size],
             sparse,
+            self._threads,
         )
 
     def _pieces(self) -> Iterator[tuple[list[Array | None], Array | None]]:
@@ -198,12 +212,13 @@ class Odd:
         stored = [each is not None for each in streams]
         stored[0], stored[-1] = kind.stores_variable, False
         dtypes = [None if each is None else each.dtype for each in streams]
-        for *pieces, gradient in _buffers(
-            streams,
-            stored,
-            cpu.CHUNK * (8 if self._compiled else 2),
-            dtypes,
-        ):
+        size = cpu.CHUNK * (8 if self._compiled else 2)
+        stop = 0
+        order = "K" if self._sparse is None else "C"  # of memory; of rows
+        for *pieces, gradient in _buffers(streams, stored, size, dtypes, order):
+            if self._sparse is not None:
+                start, stop = stop, stop + pieces[0].size  # type: ignore[union-attr]
+                gradient = self._sparse.dense(start, stop)
             yield pieces, gradient
 
     def run(self, factors: array[float], rule_c: array[float], pass_c: array[float]) -> None:
@@ -261,14 +276,15 @@ class Odd:
         if self._sweep is not None:
             return self._sweep.square_sums(self._address, pass_c)[0]
         total = 0.0
-        gradient_of = arithmetic.make_gradient(self._kind)
+        gradient_of = arithmetic.make_gradient(self._kind, np.minimum, np.maximum)
         for (*_, accumulator, _), gradient in self._pieces():
             real = np.dtype(cpu.ARITHMETIC[self._operand.dtype])
             with np.errstate(all="ignore"):
                 assert gradient is not None
                 g = widened(gradient, self._gradient_dtype).astype(real, copy=False)
                 g = gradient_of(g, accumulator, tuple(pass_c)).astype(np.float64, copy=False)
-                total += float(np.dot(g, g))
+                # np.dot would round as BLAS divides the sum among its threads.
+                total += float(np.sum(np.square(g)))
         return total
 
 
@@ -296,7 +312,7 @@ def _on_numpy(kind: Pass, rule: RuleKey, dtype: str) -> Callable[..., Any]:
     return arithmetic.make_element(
         kind,
         rule.bind(np.sqrt, np.maximum),
-        arithmetic.make_gradient(kind),
+        arithmetic.make_gradient(kind, np.minimum, np.maximum),
         minimum=np.minimum,
         maximum=np.maximum,
         where=np.where,
@@ -304,21 +320,21 @@ def _on_numpy(kind: Pass, rule: RuleKey, dtype: str) -> Callable[..., Any]:
     )
 
 
-def compiled_for(variable: Array, gradient: Array | None) -> bool:
-    """Whether a `Plan` takes a variable with a gradient of the same element type."""
-    if not cpu.available() or not variable.flags.aligned or not is_flat(variable):
-        return False
-    return gradient is None or (
-        gradient.flags.aligned and is_flat(gradient) and same_order(gradient, variable)
-    )
+def compiled_for(operand: Operand, gradient: Array | None) -> bool:
+    """Whether a kernel takes an operand and its gradient as they lie in memory."""
+    arrays = (operand.variable, *operand.slots, operand.accumulator, operand.average, gradient)
+    return cpu.available() and all(each is None or lies_like(each, operand) for each in arrays)
 
 
-def is_injective(values: Array) -> bool:
-    """Whether no two elements of a view lie at the same address."""
-    if values.flags.c_contiguous or values.flags.f_contiguous:
-        return True
-    axes = sorted((abs(s), n) for s, n in zip(values.strides, values.shape, strict=True) if n > 1)
-    reach = values.itemsize
+def lies_like(values: Array, operand: Operand) -> bool:
+    """Whether an array is flat, and its elements are in the order of the operand's variable."""
+    return values.flags.aligned and is_flat(values) and same_order(values, operand.variable)
+
+
+def is_injective(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1) -> bool:
+    """Whether no two elements of a view with elements lie at the same address."""
+    axes = sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1)
+    reach = itemsize
     for stride, n in axes:
         if stride < reach:
             return False

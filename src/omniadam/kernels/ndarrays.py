@@ -41,10 +41,14 @@ def _word(address: int) -> int:
     return ctypes.c_int64.from_address(address).value
 
 
-@cache
 def usable() -> bool:
-    """Whether the structures are laid out here as this file believes."""
-    if sys.implementation.name != "cpython" or sys.maxsize < 2**62 or not cpu.available():
+    """Whether there are compiled kernels, and the structures are laid out as this file believes."""
+    return cpu.available() and _is_laid_out()
+
+
+@cache
+def _is_laid_out() -> bool:
+    if sys.implementation.name != "cpython" or sys.maxsize < 2**62:
         return False
     probe = np.zeros((2, 3), np.float32)
     holder = [None, probe]

@@ -1,0 +1,225 @@
+"""Measure omniadam beside its peers and write the tables into README.md.
+
+    python benchmarks/run.py [--quick]
+
+Each row is a process of its own, in which the two steps alternate; a figure is the ratio of their
+medians. `--quick` leaves out the two large sets and does not write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+THREADS = 2
+BEGIN, END = "<!-- measured by make bench: begin -->", "<!-- measured by make bench: end -->"
+KERAS = {"Keras on TensorFlow": "tensorflow", "Keras on JAX": "jax", "Keras on PyTorch": "torch"}
+NUMPY_PEERS = ["torch fused", "torch foreach", "optax", *KERAS, "plain NumPy"]
+LIBRARY_PEERS = [
+    "PyTorch: torch fused",
+    "PyTorch: Keras on PyTorch",
+    "JAX Refs: optax",
+    "JAX stateless: optax",
+    "JAX Refs: Keras on JAX",
+    "TensorFlow: Keras on TensorFlow",
+]
+# Bytes a float32 element: g read; w, m, v read and written; with the norm g once more, with the
+# average one more read and write.
+BYTES = {"plain": 28, "full": 40}
+
+
+def child(code: list[str], **environment: str) -> str:
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}",
+        "OMNIADAM_NUM_THREADS": str(THREADS),
+        "OMP_NUM_THREADS": str(THREADS),
+        "TF_NUM_INTRAOP_THREADS": str(THREADS),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={THREADS}",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, *code], env=env | environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{code}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def pair(peer: str, name: str, mode: str) -> dict[str, Any]:
+    backend = KERAS.get(peer.split(": ")[-1], "numpy")
+    out = child([str(HERE / "pair.py"), peer, name, mode], KERAS_BACKEND=backend)
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    print(
+        f"{peer:32} {name:12} {mode:6} ours {result['ours'] * 1e3:9.3f} ms   "
+        f"theirs {result['theirs'] * 1e3:9.3f} ms   {result['theirs'] / result['ours']:6.2f} x",
+        flush=True,
+    )
+    return result
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}" if seconds < 1e-3 else f"{seconds * 1e3:.1f}"
+
+
+def table(peers: list[str], sets: list[str]) -> list[str]:
+    columns = [(name, mode) for name in sets for mode in BYTES]
+    lines = [
+        "| | " + " | ".join(f"{name}, {mode}" for name, mode in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    own: dict[tuple[str, str], list[float]] = {column: [] for column in columns}
+    for peer in peers:
+        cells = []
+        for column in columns:
+            try:
+                result = pair(peer, *column)
+            except RuntimeError as error:
+                print(error)
+                cells.append("failed")
+                continue
+            own[column].append(result["ours"])
+            cells.append(f"{result['theirs'] / result['ours']:.1f}×")
+        lines.append(f"| {peer} | " + " | ".join(cells) + " |")
+    if peers is not NUMPY_PEERS:  # each row has its own library
+        return lines
+    medians = [milliseconds(statistics.median(own[column])) for column in columns]
+    lines.insert(2, "| **omniadam, ms a step** | " + " | ".join(medians) + " |")
+    return lines
+
+
+def bandwidth(sets: list[str]) -> list[str]:
+    lines = [
+        "| | GB/s, plain | of the streaming bound | GB/s, full |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in sets:
+        stream = pair("streaming", name, "plain")
+        full = pair("streaming", name, "full")
+        rates = [
+            r["n"] * BYTES[m] / r["ours"] / 1e9 for r, m in ((stream, "plain"), (full, "full"))
+        ]
+        share = stream["theirs"] / stream["ours"]
+        lines.append(f"| {name} | {rates[0]:.0f} | {share:.0%} | {rates[1]:.0f} |")
+    return lines
+
+
+SMALL = """
+import json, statistics, time
+start = time.perf_counter(); import numpy as np; numpy = time.perf_counter() - start
+start = time.perf_counter(); from omniadam import Adam; ours = time.perf_counter() - start
+def arrays(n): return [np.ones(1, np.float32) for _ in range(n)]
+w, g = arrays(1), arrays(1)
+start = time.perf_counter(); Adam().apply_gradients(zip(g, w)); first = time.perf_counter() - start
+def step(n):
+    opt, w, g, taken = Adam(), arrays(n), arrays(n), []
+    for _ in range(3000):
+        start = time.perf_counter(); opt.apply_gradients(zip(g, w))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+one, many = step(1), step(101)
+print(json.dumps([ours, first, one, (many - one) / 100]))
+"""
+
+
+def small() -> list[str]:
+    with tempfile.TemporaryDirectory() as cache:
+        runs = [json.loads(child(["-c", SMALL], OMNIADAM_CACHE_DIR=cache)) for _ in range(7)]
+    cold, warm = runs[0], [statistics.median(column) for column in zip(*runs[1:], strict=True)]
+    return [
+        "| | measured |",
+        "|---|---:|",
+        f"| step over one variable of one element | {warm[2] * 1e6:.1f} µs |",
+        f"| each further variable | {warm[3] * 1e6:.2f} µs |",
+        f"| `import omniadam`, on top of NumPy's own | {warm[0]:.2f} s |",
+        f"| first step of a process, kernels in the cache | {warm[1]:.2f} s |",
+        f"| first step with an empty cache | {cold[1]:.1f} s |",
+    ]
+
+
+ACCURACY = """
+import json, sys
+sys.path[:0] = ["tests"]
+import keras, numpy as np
+from cases import CASES, error_in_ulps, gradients, variables
+import omniadam
+largest = [0.0, 0.0]
+steps = [gradients(i) for i in range(50)]
+for case in CASES.values():
+    ours = variables(); reference = case.reference(ours)
+    theirs = [keras.Variable(x) for x in ours]
+    opts = (omniadam.Adam(**case.settings_for(omniadam.schedules)),
+            keras.optimizers.Adam(**case.settings_for(keras.optimizers.schedules)))
+    for opt, values in zip(opts, (ours, theirs)):
+        opt.exclude_from_weight_decay(var_list=[values[i] for i in case.excluded])
+    for g in steps:
+        reference.step(g)
+        for opt, values in zip(opts, (ours, theirs)):
+            opt.apply_gradients(zip(g, values))
+    for k, values in enumerate((ours, [v.numpy() for v in theirs])):
+        for i, value in enumerate(values):
+            worst = float(np.max(error_in_ulps(value, reference, i), initial=0.0))
+            largest[k] = max(largest[k], worst)
+print(json.dumps([len(CASES), *largest]))
+"""
+
+
+def accuracy() -> list[str]:
+    out = child(["-c", ACCURACY], KERAS_BACKEND="numpy")
+    cases, ours, theirs = json.loads(out.splitlines()[-1])
+    return [
+        f"Largest error against a float64 oracle over {cases} settings and 50 steps, in float32 "
+        f"ulps of the update: omniadam {ours:.2g}, Keras (NumPy backend) {theirs:.2g}."
+    ]
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = models[0].partition(": ")[2] if models else name
+    versions = ", ".join(
+        f"{p} {version(p)}" for p in ("numpy", "numba", "torch", "jax", "optax", "keras")
+    )
+    return f"{name}, {THREADS} threads each; Python {platform.python_version()}, {versions}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    sets = ["MLP"] if quick else ["MLP", "ResNet-50", "GPT-2 small"]
+    parts = [
+        [machine()],
+        ["On NumPy arrays; how many times as long each peer takes for the same step:"],
+        table(NUMPY_PEERS, sets),
+        ["On the variables of each library, against the peers of that library:"],
+        table(LIBRARY_PEERS, sets[:2]),
+        ["Memory traffic, where memory is the limit:"],
+        bandwidth(sets[1:] or sets),
+        small(),
+        accuracy(),
+    ]
+    text = "\n\n".join("\n".join(part) for part in parts)
+    print(text)
+    if not quick:
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""What libraries share whose step computes new values by the library's own functions.
+
+During a step values are kept in cells, one for each variable and slot that the step has read. New
+values replace old ones in the cells, and are stored once at the end. A step is therefore a function
+of arrays, whatever the library makes of it: it can be traced, compiled, branched on a traced
+condition, or run on arrays that belong to no variable at all.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from ..rule import Pass, RuleKey, make_element, make_gradient
+from .base import Backend, Entry, Selection
+
+
+class Functional(Backend):
+    """A backend whose step is a function of arrays."""
+
+    # sqrt, maximum, minimum, cast(x, dtype), sum_of_squares, broadcast_like(x, array), and
+    # where(c, a, b): a where the number c is not zero, else b.
+    arrays: ClassVar[Any]
+
+    def __init__(self) -> None:
+        # While a step runs: by identity, the variable and its present value.
+        self._cells: dict[int, tuple[Any, Any]] | None = None
+        self._stored: set[int] = set()
+        self._reachable: list[Any] = []
+
+    @abstractmethod
+    def load(self, variable: Any) -> Any:
+        """The present value as an array of the library."""
+
+    @abstractmethod
+    def store(self, variable: Any, value: Any) -> None:
+        """Overwrite the variable by an array of its shape and type."""
+
+    def cond(
+        self, condition: Any, yes: Callable[..., Any], no: Callable[..., Any], values: list[Any]
+    ) -> list[Any]:
+        """`yes(values)` or `no(values)`, by a condition that may be traced."""
+        raise NotImplementedError
+
+    # --- cells ---
+
+    def read(self, variable: Any) -> Any:
+        """The value at this point of the step, or the stored one outside a step."""
+        if self._cells is None:
+            return self.load(variable)
+        if id(variable) not in self._cells:
+            self._cells[id(variable)] = variable, self.load(variable)
+        return self._cells[id(variable)][1]
+
+    def write(self, variable: Any, value: Any) -> None:
+        """Replace the value; stored at the end of the step, or at once outside one."""
+        value = self.arrays.broadcast_like(value, self.read(variable))
+        if self._cells is None:
+            self.store(variable, value)
+        else:
+            # Stored where it was read: in the variable, or in what stands in for it.
+            self._cells[id(variable)] = self._cells[id(variable)][0], value
+            self._stored.add(id(variable))
+
+    def value(self, variable: Any) -> Any:
+        return self.read(variable)
+
+    def assign(self, variable: Any, value: Any) -> None:
+        self.write(variable, value)
+
+    def inline(
+        self,
+        step: Callable[[], None],
+        selection: Selection,
+        cells: dict[int, tuple[Any, Any]],
+    ) -> None:
+        """Run a step on cells, which hold the new values afterwards; nothing is stored."""
+        self._cells, self._stored = cells, set()
+        self._reachable = [
+            variable
+            for e in (*selection.entries, *selection.rest)
+            for variable in (e.variable, *e.slots, e.accumulator, e.average)
+            if variable is not None
+        ]
+        try:
+            step()
+        finally:
+            self._cells = None
+
+    def run(
+        self,
+        step: Callable[[Selection, Any, Any, Any], None],
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        fixed: Any,
+    ) -> None:
+        cells: dict[int, tuple[Any, Any]] = {}
+        self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+        for key in self._stored:
+            self.store(*cells[key])
+
+    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+        # Both ways must return the same cells, so it is all that a step can touch.
+        touched = {id(v): v for v in self._reachable}
+        for variable in touched.values():
+            self.read(variable)
+        assert self._cells is not None
+        before, keys = self._cells, list(touched)
+
+        def on(action: Callable[[], None]) -> Callable[[list[Any]], list[Any]]:
+            def run(values: list[Any]) -> list[Any]:
+                self._cells = dict(before)
+                for key, value in zip(keys, values, strict=True):
+                    self._cells[key] = before[key][0], value
+                action()
+                result = [self.read(touched[key]) for key in keys]
+                self._cells = before
+                return result
+
+            return run
+
+        after = self.cond(condition, on(yes), on(no), [before[key][1] for key in keys])
+        for key, value in zip(keys, after, strict=True):
+            before[key] = before[key][0], value
+        self._stored.update(keys)
+
+    # --- passes ---
+
+    def gather(self, selection: Selection, gradients: list[Any]) -> list[Any]:
+        return gradients
+
+    def _coefficients(self, values: Sequence[Any], dtype: str) -> tuple[Any, ...]:
+        # What was computed on the host stays a number, which takes the type of what it meets.
+        return tuple(v if isinstance(v, float) else self.arrays.cast(v, dtype) for v in values)
+
+    def square_sums(
+        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
+    ) -> list[Any]:
+        gradient_of = make_gradient(kind, self.arrays.minimum, self.arrays.maximum)
+        sums = []
+        for entry, g in zip(selection.entries, gradients, strict=True):
+            accumulator = self.read(entry.accumulator) if kind.accumulated else None
+            g = self.arrays.cast(g, entry.slot_dtype)
+            coefficients = self._coefficients(pass_c, entry.slot_dtype)
+            sums.append(self.arrays.sum_of_squares(gradient_of(g, accumulator, coefficients)))
+        return sums
+
+    def sweep(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[Any],
+        rule_c: Sequence[Any],
+        pass_c: Sequence[Any],
+    ) -> None:
+        for i, entry in enumerate(selection.entries if kind.gradient else selection.rest):
+            self._pass_over(
+                kind,
+                rule.bind(self.arrays.sqrt, self.arrays.maximum),
+                entry,
+                gradients[i] if kind.gradient else None,
+                factors[i] if len(factors) else None,
+                self._coefficients(rule_c, entry.slot_dtype),
+                self._coefficients(pass_c, entry.slot_dtype),
+            )
+
+    def _pass_over(
+        self,
+        kind: Pass,
+        rule: Any,
+        entry: Entry,
+        gradient: Any,
+        factor: Any,
+        rule_c: Sequence[Any],
+        pass_c: Sequence[Any],
+    ) -> None:
+        arrays, dtype = self.arrays, entry.slot_dtype
+
+        element = make_element(
+            kind._replace(decayed=kind.decayed and entry.decayed),
+            rule,
+            make_gradient(kind, arrays.minimum, arrays.maximum),
+            minimum=arrays.minimum,
+            maximum=arrays.maximum,
+            where=arrays.where,
+            rounded=lambda w: w if entry.dtype == dtype else self.rounded(w, entry),
+        )
+        w, slots, accumulator, average = element(
+            arrays.cast(self.read(entry.variable), dtype),
+            None if gradient is None else arrays.cast(gradient, dtype),
+            tuple(self.read(slot) for slot in entry.slots) if kind.updates else (),
+            self.read(entry.accumulator) if kind.accumulated else None,
+            self.read(entry.average) if kind.averaged else None,
+            factor if factor is None else arrays.cast(factor, dtype),
+            rule_c,
+            pass_c,
+        )
+        if kind.updates:
+            for slot, new in zip(entry.slots, slots, strict=True):
+                self.write(slot, new)
+        if kind.accumulated:
+            self.write(entry.accumulator, accumulator)
+        if kind.averaged:
+            self.write(entry.average, average)
+        if kind.stores_variable:
+            self.write(entry.variable, arrays.cast(w, entry.dtype))
+
+    def rounded(self, value: Any, entry: Entry) -> Any:
+        """What is left of a value in a 16-bit variable, in the type of the arithmetic."""
+        return self.arrays.cast(self.arrays.cast(value, entry.dtype), entry.slot_dtype)
+
+    def update_each(
+        self,
+        kind: Pass,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[Any],
+        pass_c: Sequence[Any],
+        update: Callable[[Any, Entry], None],
+    ) -> None:
+        for i, entry in enumerate(selection.entries):
+
+            def rule(w: Any, g: Any, slots: Any, c: Any, entry: Entry = entry) -> Any:
+                self.write(entry.variable, self.arrays.cast(w, entry.dtype))
+                self._outside(lambda: update(g, entry))
+                return self.arrays.cast(self.read(entry.variable), entry.slot_dtype), slots
+
+            self._pass_over(
+                kind,
+                rule,
+                entry,
+                gradients[i],
+                factors[i] if len(factors) else None,
+                (),
+                self._coefficients(pass_c, entry.slot_dtype),
+            )
+
+    def _outside(self, action: Callable[[], None]) -> None:
+        """Do what reads and writes variables by itself: they must hold what the cells do."""
+        cells = self._cells
+        if cells is None:
+            action()
+            return
+        for key in self._stored:
+            self.store(*cells[key])
+        self._cells = None
+        action()
+        # What it changed is read anew; the dictionary stays the one that the step was begun with.
+        cells.clear()
+        self._cells, self._stored = cells, set()

@@ -1,0 +1,870 @@
+"""TensorFlow: `tf.Variable`s, eagerly, inside a `tf.function`, and in a graph of TensorFlow 1.
+
+An eager step is one call of a function that is compiled for it, by XLA where XLA takes it. Inside
+a user's `tf.function` the step is traced in place. In a graph of TensorFlow 1 it is an operation,
+and under a `tf.distribute.Strategy` it runs once on each replica, on the sum of the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from operator import is_
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from .. import options
+from ..rule import Pass, RuleKey
+from .base import FLOATS, HALVES, Entry, Selection, received, takes_arguments
+from .functional import Functional
+from .host import Numbers
+
+try:  # Not public, and only there to be fast.
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as _is_for_xla
+except ImportError:  # pragma: no cover
+
+    def _is_for_xla(graph: Any) -> bool:
+        return False
+
+
+Step = Callable[[Selection, Any, Any, Any], None]
+# How many versions of the settings a selection keeps compiled steps for.
+_KEPT = 8
+# Whether what is traced now is compiled by XLA as part of an eager step.
+_by_xla: ContextVar[bool] = ContextVar("omniadam_by_xla", default=False)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, tf.Tensor)
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    """A tensor of a number too, which `tf.cast` would round to float32 first."""
+    return tf.cast(value, dtype) if _is_tensor(value) else tf.constant(value, dtype)
+
+
+class Scalars(Numbers):
+    """Functions of the coefficients of a step: of numbers of the host, or of float64 tensors."""
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return tf.sqrt(x) if _is_tensor(x) else math.sqrt(x)
+
+    @staticmethod
+    def expm1(x: Any) -> Any:
+        return tf.math.expm1(x) if _is_tensor(x) else math.expm1(x)
+
+    @staticmethod
+    def log(x: Any) -> Any:
+        return tf.math.log(x) if _is_tensor(x) else Numbers.log(x)
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        return tf.maximum(a, b) if _is_tensor(a) else Numbers.maximum(a, b)
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if not _is_tensor(condition):
+            return a if condition else b
+        return tf.where(condition, _cast(a, tf.float64), _cast(b, tf.float64))
+
+
+class Arrays:
+    """The functions that the rule is bound to."""
+
+    sqrt, maximum, minimum = tf.sqrt, tf.maximum, tf.minimum
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        return tf.where(condition > 0, a, b)
+
+    @staticmethod
+    def cast(x: Any, dtype: str) -> Any:
+        return tf.cast(x, dtype) if _is_tensor(x) else float(x)
+
+    @staticmethod
+    def sum_of_squares(x: Any) -> Any:
+        total = _sum_by_halves(x * x) if _in_xla() else 2 * tf.nn.l2_loss(x)
+        return tf.cast(total, tf.float64)
+
+    @staticmethod
+    def broadcast_like(value: Any, like: Any) -> Any:
+        value = _cast(value, like.dtype)
+        return value if value.shape == like.shape else tf.broadcast_to(value, like.shape)
+
+
+def _in_xla() -> bool:
+    return _by_xla.get() or bool(_is_for_xla(tf.compat.v1.get_default_graph()))
+
+
+_LANES = 128
+
+
+def _sum_by_halves(x: Any) -> Any:
+    """XLA's own sum takes a nanosecond for each element on a CPU; adding halves is vectorised."""
+    whole = math.prod(x.shape) // _LANES * _LANES
+    if not whole:
+        return tf.reduce_sum(tf.cast(x, tf.float64))
+    flat = tf.reshape(x, [-1])
+    columns, lanes = tf.reshape(flat[:whole], [-1, _LANES]), _LANES
+    while lanes > 16:
+        lanes //= 2
+        columns = columns[:, :lanes] + columns[:, lanes:]
+    # It also loses digits of a long sum, so that it is given double precision.
+    total = tf.reduce_sum(tf.cast(columns, tf.float64))
+    return total + tf.reduce_sum(tf.cast(flat[whole:], tf.float64))
+
+
+class Elementwise:
+    """Functions of a tensor of steps, for schedules; either argument may be a number."""
+
+    minimum, maximum, where = tf.minimum, tf.maximum, tf.where
+    floor, ceil, cos, log, power = tf.floor, tf.math.ceil, tf.cos, tf.math.log, tf.pow
+
+    @staticmethod
+    def asarray_float(x: Any) -> Any:
+        x = tf.convert_to_tensor(x)
+        return x if x.dtype.is_floating else tf.cast(x, tf.float32)
+
+
+class TensorFlow(Functional):
+    """Variables are `tf.Variable`s, those of a strategy among them."""
+
+    name: ClassVar[str] = "tensorflow"
+    functions: ClassVar[Any] = Scalars
+    elementwise: ClassVar[Any] = Elementwise
+    arrays: ClassVar[Any] = Arrays
+    # Whether eager steps are compiled by XLA; where it cannot, they are not.
+    jit_compile: ClassVar[bool] = True
+
+    def __init__(self, variables: Sequence[Any] = ()) -> None:
+        super().__init__()
+        first = variables[0] if variables else None
+        self._strategy: Any = (
+            getattr(first, "distribute_strategy", None) if _is_distributed(first) else None
+        )
+        self._home = getattr(first, "device", None)  # where state lies that belongs to no variable
+        # After a step: by identity of a counter, a tensor with its value.
+        self._counts: dict[int, Any] = {}
+        # While a program is traced: that it is, and whether in parts that XLA compiles one by one.
+        self._is_tracing = self._is_in_parts = False
+
+    @classmethod
+    def over(cls, variables: Sequence[Any]) -> TensorFlow:
+        return cls(variables)
+
+    # --- variables ---
+
+    def name_of(self, variable: Any) -> str | None:
+        name = getattr(variable, "name", None)
+        return None if name is None else str(name).partition(":")[0]
+
+    def describe(self, variable: Any, name: str) -> Entry:
+        if not isinstance(variable, tf.Variable):
+            raise TypeError(
+                f"Variable '{name}' must be a tf.Variable. Received: {received(variable)}. A "
+                "tensor cannot be updated in place: use tf.Variable(value)."
+            )
+        dtype = variable.dtype.base_dtype.name
+        what = f"Variable '{name}' of shape {variable.shape} and dtype {dtype}"
+        if dtype not in FLOATS:
+            raise TypeError(f"{what} must be float16, bfloat16, float32 or float64.")
+        if not variable.shape.is_fully_defined():
+            raise ValueError(f"{what} must have a fixed shape. Create it with one.")
+        if _is_distributed(variable) != (self._strategy is not None):
+            raise ValueError(
+                f"{what} and the first variable must be of one tf.distribute.Strategy, or of none. "
+                "Create all of them under strategy.scope()."
+            )
+        return Entry(variable, name, tuple(variable.shape), dtype)
+
+    def check_distinct(self, entries: Sequence[Entry]) -> None:
+        seen: dict[int, Entry] = {}
+        for entry in entries:
+            has_handle = self._strategy is None and hasattr(entry.variable, "handle")
+            handle = entry.variable.handle if has_handle else entry.variable
+            other = seen.setdefault(id(handle), entry)
+            if other is not entry:
+                raise ValueError(
+                    f"Variables must not share memory. Received '{other.name}' and '{entry.name}' "
+                    f"of shape {entry.shape}, which do. Pass each variable once."
+                )
+
+    def zeros(self, entry: Entry, dtype: str) -> Any:
+        name = re.sub(r"[^A-Za-z0-9_./-]", "_", f"{entry.name}/slot").lstrip("_/-")
+        return self._new(lambda: tf.zeros(entry.shape, dtype), dtype, entry.variable, name=name)
+
+    def create(self, value: npt.NDArray[Any]) -> Any:
+        return self._new(
+            lambda: tf.constant(value),
+            value.dtype.name,
+            None,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+
+    def _new(self, value: Callable[[], Any], dtype: str, near: Any, **arguments: Any) -> Any:
+        # State outlives the function that is traced.
+        with tf.init_scope(), self._place(near):
+            return tf.Variable(value, trainable=False, dtype=dtype, **arguments)
+
+    @contextmanager
+    def _place(self, near: Any) -> Iterator[None]:
+        """Where a variable is created: near another, or where all counters are."""
+        if self._strategy is None:
+            with tf.device(self._home if near is None else near.device):
+                yield
+        else:
+            strategy = self._strategy
+            # A replica is in the scope already: the first one to come creates for all.
+            with nullcontext() if tf.distribute.get_strategy() is strategy else strategy.scope():
+                is_near = near is not None
+                with strategy.extended.colocate_vars_with(near) if is_near else nullcontext():
+                    yield
+
+    def created(self, optimizer: Any, name: str, variable: Any) -> None:
+        if isinstance(variable, tf.__internal__.tracking.Trackable):
+            with tf.init_scope():  # what a checkpoint that was restored before had for it
+                optimizer._handle_deferred_dependencies(name, variable)
+
+    def load(self, variable: Any) -> Any:
+        return variable.read_value()
+
+    def store(self, variable: Any, value: Any) -> Any:
+        return variable.assign(value, read_value=False)
+
+    def value(self, variable: Any) -> Any:
+        if self._cells is None and tf.executing_eagerly():
+            return variable.numpy().item()
+        return self.read(variable)
+
+    def count(self, variable: Any) -> Any:
+        counts, self._counts = self._counts, {}
+        found = counts.get(id(variable))
+        return self.value(variable) if found is None else found
+
+    def assign(self, variable: Any, value: Any) -> None:
+        self._counts = {}
+        if isinstance(value, tf.Variable):
+            value = self.read(value)
+        if self._cells is None and _in_graph_of_1() and not _is_tensor(value):
+            self._assign_in_session(variable, value)
+        else:
+            self.write(variable, value)
+
+    def _assign_in_session(self, variable: Any, value: Any) -> None:
+        value = np.asarray(value, variable.dtype.base_dtype.as_numpy_dtype)
+        initializer = variable.initializer
+        _session().run(
+            initializer, {initializer.inputs[1]: np.broadcast_to(value, tuple(variable.shape))}
+        )
+
+    def numpy(self, variable: Any) -> npt.NDArray[Any]:
+        with tf.init_scope():
+            value = variable.numpy() if tf.executing_eagerly() else _session().run(variable)
+        return np.array(value, np.float32 if value.dtype == tf.bfloat16.as_numpy_dtype else None)
+
+    def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        dtype = variable.dtype.base_dtype
+        return tuple(variable.shape), np.dtype(
+            np.float32 if dtype == tf.bfloat16 else dtype.as_numpy_dtype
+        )
+
+    def rate(self, value: Any) -> Any:
+        if isinstance(value, tf.Variable):
+            value = self.read(value)
+        if not _is_tensor(value):
+            return options.rate("learning_rate", value)
+        if tuple(value.shape) not in ((), (1,)) or not _is_real(value.dtype):
+            raise ValueError(
+                f"`learning_rate` must be a real scalar. Received shape {value.shape} and dtype "
+                f"{value.dtype.name}."
+            )
+        if not tf.is_symbolic_tensor(value) and "CPU" in value.device:
+            options.rate("learning_rate", value)
+        return tf.cast(tf.reshape(value, ()), tf.float64)
+
+    # --- gradients ---
+
+    def gradient(self, gradient: Any, entry: Entry) -> Any:
+        expected = f"The variable has shape {entry.shape} and dtype {entry.dtype}."
+        who = f"The gradient of variable '{entry.name}'"
+        if _is_distributed(gradient):  # of each replica, given outside of them
+            assert self._strategy is not None
+            gradient = self._strategy.reduce(tf.distribute.ReduceOp.SUM, gradient, axis=None)
+        if isinstance(gradient, (tf.Variable, np.ndarray, np.generic)):
+            if getattr(gradient.dtype, "kind", "f") in "OSUM":
+                raise TypeError(
+                    f"{who} must hold real numbers. Received dtype {gradient.dtype}. {expected}"
+                )
+            gradient = tf.convert_to_tensor(gradient)
+        if not isinstance(gradient, (tf.Tensor, tf.IndexedSlices, tf.SparseTensor)):
+            raise TypeError(
+                f"{who} must be a tf.Tensor, tf.IndexedSlices, tf.SparseTensor or NumPy array. "
+                f"Received: {received(gradient)}. {expected}"
+            )
+        if not _is_real(gradient.dtype):
+            raise TypeError(
+                f"{who} must hold real numbers. Received dtype {gradient.dtype.name}. {expected}"
+            )
+        if isinstance(gradient, tf.IndexedSlices):
+            return _sum_of_slices(gradient, entry, who, expected)
+        if not gradient.shape.is_compatible_with(entry.shape):
+            raise ValueError(
+                f"{who} must have the variable's shape. Received shape {gradient.shape} and dtype "
+                f"{gradient.dtype.name}. {expected}"
+            )
+        if isinstance(gradient, tf.SparseTensor):
+            return _scattered(gradient.indices, gradient.values, entry, who)
+        if not gradient.shape.is_fully_defined():
+            gradient = tf.ensure_shape(gradient, entry.shape)
+        return gradient
+
+    def gather(self, selection: Selection, gradients: list[Any]) -> list[Any]:
+        if self._strategy is not None:
+            context = tf.distribute.get_replica_context()
+            if context is not None:
+                return list(context.all_reduce(tf.distribute.ReduceOp.SUM, gradients))
+        elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "The variables were created outside of the tf.distribute.Strategy that runs now, "
+                "so that every replica would update the same ones. Create them under "
+                "strategy.scope()."
+            )
+        return gradients
+
+    def recognise(
+        self, selection: Selection, gradients: list[Any], variables: list[Any]
+    ) -> list[Any] | None:
+        known = selection.prepared.get("known")
+        if known is None:
+            known = selection.prepared["known"] = Known(selection)
+        if self._strategy is None and tf.executing_eagerly() and not tf.distribute.has_strategy():
+            return gradients if known.fits(gradients, variables) else None
+        return None
+
+    # --- a step ---
+
+    def run(self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
+        if self._strategy is not None:
+            self._counts = self._run_on_replicas(step, selection, gradients, rate, fixed)
+        elif tf.executing_eagerly():
+            self._counts = self._run_eagerly(step, selection, gradients, rate, fixed)
+        elif tf.inside_function():
+            self._counts = self._run_here(step, selection, gradients, rate, fixed)
+        else:
+            self._counts = self._run_in_graph_of_1(step, selection, gradients, rate, fixed)
+
+    def _run_here(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any]:
+        """A step where the call is, on tensors that may be symbolic; the counters after it."""
+        cells: dict[int, tuple[Any, Any]] = {}
+        self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+        changed = [cell for key, cell in cells.items() if key in self._stored]
+        # If computing a gradient is an error, nothing is to be stored, the count neither.
+        is_checked = self._is_tracing or tf.executing_eagerly()
+        with nullcontext() if is_checked else tf.control_dependencies(gradients):
+            for variable, value in changed:
+                self.store(variable, value)
+        return {id(v): value for v, value in changed if value.dtype.is_integer}
+
+    def _run_eagerly(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any]:
+        version, numbers = fixed
+        programs = selection.prepared.setdefault("programs", {})
+        key = version, rate is None, *(g.dtype for g in gradients)
+        program = programs.get(key)
+        if program is None:
+            while len(programs) >= _KEPT:
+                programs.pop(next(iter(programs)))
+            program = programs[key] = Program(self, step, selection, gradients, rate, fixed)
+        new: dict[int, Any] = program(gradients, rate, numbers)
+        return new
+
+    def _run_on_replicas(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any]:
+        # What reads and writes a variable here, once a replica, does so on that replica's own.
+        def here(_: Any, gradients: Any, rate: Any) -> Any:
+            counts = self._run_here(step, selection, gradients, rate, fixed)
+            return list(counts.values())
+
+        def on_each(strategy: Any, gradients: Any, rate: Any) -> Any:
+            first = selection.entries[0].variable
+            return strategy.extended.update(first, here, args=(gradients, rate), group=False)
+
+        merge = tf.__internal__.distribute.interim.maybe_merge_call
+        merge(on_each, self._strategy, gradients, rate)
+        return {}
+
+    def _run_in_graph_of_1(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any]:
+        entries = (*selection.entries, *selection.rest)
+        if all(hasattr(e.variable, "handle") for e in entries):
+            keys: list[int] = []
+
+            def omniadam_step(gradients: list[Any], rate: Any) -> list[Any]:
+                counts = self._run_here(step, selection, gradients, rate, fixed)
+                keys.extend(counts)
+                return list(counts.values())
+
+            counts = tf.function(omniadam_step, autograph=False)(gradients, rate)
+            return dict(zip(keys, counts, strict=True))
+        # Variables that are no resources, which a function cannot write to. What order there is
+        # must be spelled out: read when the gradients are there, write when all is computed.
+        cells: dict[int, tuple[Any, Any]] = {}
+        with tf.control_dependencies(gradients):
+            self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+        changed = [cell for key, cell in cells.items() if key in self._stored]
+        with tf.control_dependencies([value for _, value in changed]):
+            stores = [self.store(variable, value) for variable, value in changed]
+        with tf.control_dependencies(stores):
+            return {id(v): tf.identity(x) for v, x in changed if x.dtype.is_integer}
+
+    def cond(
+        self, condition: Any, yes: Callable[..., Any], no: Callable[..., Any], values: list[Any]
+    ) -> list[Any]:
+        return list(tf.cond(condition, lambda: yes(values), lambda: no(values)))
+
+    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+        if not tf.is_symbolic_tensor(condition):
+            (yes if condition else no)()
+        elif self._is_in_parts:
+            self._flush()
+            tf.cond(condition, self._flushing(yes), self._flushing(no))
+        else:
+            super().branch(condition, yes, no)
+
+    def _flushing(self, action: Callable[[], None]) -> Callable[[], Any]:
+        def act() -> Any:
+            action()
+            self._flush()
+            return tf.constant(0)
+
+        return act
+
+    def _flush(self) -> None:
+        """Store what is in cells, and forget it: what comes now reads the variables."""
+        assert self._cells is not None
+        for key, (variable, value) in self._cells.items():
+            if key in self._stored:
+                self.store(variable, value)
+        self._cells.clear()
+        self._stored.clear()
+
+    def sweep(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[Any],
+        rule_c: Sequence[Any],
+        pass_c: Sequence[Any],
+    ) -> None:
+        if not self._is_in_parts:
+            super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+            return
+        self._flush()
+        entries = selection.entries if kind.gradient else selection.rest
+        for part in _parts(entries):
+            chosen = tuple(entries[i] for i in part)
+            self._sweep_by_xla(
+                kind,
+                rule,
+                Selection(chosen, ()) if kind.gradient else Selection((), chosen),
+                [gradients[i] for i in part] if kind.gradient else [],
+                [factors[i] for i in part] if len(factors) else (),
+                rule_c,
+                pass_c,
+            )
+
+    def _sweep_by_xla(self, *arguments: Any) -> None:
+        def omniadam_part() -> None:
+            token = _by_xla.set(True)
+            try:
+                Functional.sweep(self, *arguments)
+                self._flush()
+            finally:
+                _by_xla.reset(token)
+
+        tf.function(omniadam_part, autograph=False, jit_compile=True)()
+
+    def update_each(self, *args: Any) -> None:
+        if self._is_tracing:
+            raise NotOurs
+        super().update_each(*args)
+
+    def _outside(self, action: Callable[[], None]) -> None:
+        if self._cells is not None and _in_graph_of_1():
+            raise TypeError(
+                "An `update_step` of your own needs resource variables in a graph. Call "
+                "tf.compat.v1.enable_resource_variables() first."
+            )
+        super()._outside(action)
+
+    def stateless_apply(
+        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        if self._strategy is not None:
+            raise ValueError(
+                "stateless_apply is not supported for the variables of a tf.distribute.Strategy."
+            )
+        if not optimizer._is_fused:
+            raise ValueError(
+                f"stateless_apply cannot be used with {type(optimizer).__name__}, whose "
+                "update_step changes variables: that is no function of tensors."
+            )
+        entries, named = optimizer._entries, optimizer._state
+        cells = {}
+        for value, (name, variable) in zip(
+            (*variables, *state), (*((e.name, e.variable) for e in entries), *named), strict=True
+        ):
+            cells[id(variable)] = variable, _fitting(value, name, variable)
+        owners = [variable for variable, _ in cells.values()]
+        present, gradients = optimizer._present(self, entries, gradients, depth=4)
+        rate, fixed = optimizer._rate_and_fixed()
+        selection = optimizer._selection(present)
+        self.inline(lambda: optimizer._advance(selection, gradients, rate, fixed), selection, cells)
+        new = [cells[id(variable)][1] for variable in owners]
+        return new[: len(entries)], new[len(entries) :]
+
+    # --- differentiation ---
+
+    def differentiate(
+        self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
+    ) -> list[Any]:
+        if _is_tensor(loss) or not callable(loss):
+            return self._differentiate_in_graph(loss, variables, grad_loss, scale)
+        if tf.inside_function():
+            autograph = tf.__internal__.autograph
+            loss, given = autograph.tf_convert(loss, autograph.control_status_ctx()), loss
+        else:
+            given = loss
+        arguments = variables if takes_arguments(given) else ()
+        if _in_graph_of_1():
+            return self._differentiate_in_graph(loss(*arguments), variables, grad_loss, scale)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            value = _checked_loss(loss(*arguments), grad_loss)
+            scaled = scale(value)
+        return list(tape.gradient(scaled, list(variables), _like(grad_loss, value)))
+
+    def _differentiate_in_graph(
+        self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
+    ) -> list[Any]:
+        value = _checked_loss(loss, grad_loss)
+        if not tf.is_symbolic_tensor(value):
+            raise ValueError(
+                "Outside of a graph `loss` must be a callable: the value of a loss does not tell "
+                "what it was computed from. Pass `lambda: loss`, or use tf.GradientTape and "
+                "apply_gradients."
+            )
+        return list(tf.gradients(scale(value), list(variables), _like(grad_loss, value)))
+
+
+class NotOurs(Exception):
+    """The step calls an `update_step` that a user wrote, which is run as it is."""
+
+
+# What tracing raises on Python that asks for a value, as a schedule of the user's may.
+_UNTRACEABLE = (
+    NotOurs,
+    NotImplementedError,
+    tf.errors.OperatorNotAllowedInGraphError,
+)
+
+
+class Program:
+    """A step of one selection compiled as a whole, or run as it is if it cannot be."""
+
+    def __init__(
+        self,
+        backend: TensorFlow,
+        step: Step,
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        fixed: Any,
+    ) -> None:
+        self._backend, self._step, self._selection = backend, step, selection
+        self._version, self._numbers = fixed
+        self._signature = [tf.TensorSpec(g.shape, g.dtype) for g in gradients]
+        if rate is not None:
+            self._signature.append(tf.TensorSpec((), tf.float64))
+        self._is_jit = backend.jit_compile
+        entries = (*selection.entries, *selection.rest)
+        on_host = all("CPU" in entry.variable.device for entry in entries)
+        self._is_large = len(_parts(entries)) > 1 and on_host
+        self._is_proven = self._is_traceable = True
+        self._compile(numbers_are_given=not all(isinstance(x, float) for x in self._numbers))
+
+    def _compile(self, *, numbers_are_given: bool) -> None:
+        backend, n = self._backend, len(self._selection.entries)
+        has_rate = len(self._signature) > n
+        signature = list(self._signature)
+        if numbers_are_given:
+            signature += [tf.TensorSpec((), tf.float64)] * len(self._numbers)
+        self._numbers_are_given = numbers_are_given
+        is_whole = self._is_jit and not self._is_large
+        keys: list[int] = []
+
+        def omniadam_step(*tensors: Any) -> list[Any]:
+            gradients, rate = list(tensors[:n]), tensors[n] if has_rate else None
+            numbers = tensors[n + has_rate :] if numbers_are_given else self._numbers
+            token = _by_xla.set(is_whole)
+            backend._is_tracing, backend._is_in_parts = True, self._is_jit and self._is_large
+            try:
+                counts = backend._run_here(
+                    self._step, self._selection, gradients, rate, (self._version, numbers)
+                )
+            finally:
+                _by_xla.reset(token)
+                backend._is_tracing = backend._is_in_parts = False
+            keys[:] = counts
+            return list(counts.values())
+
+        function = tf.function(
+            omniadam_step,
+            input_signature=signature,
+            autograph=False,
+            jit_compile=is_whole or None,
+        )
+        try:
+            concrete = function.get_concrete_function()
+        except _UNTRACEABLE:
+            self._is_traceable = False
+            return
+        self._keys, self._call = keys, _caller(concrete)
+        self._function = function  # keeps what is called alive
+        self._is_proven = False
+
+    def __call__(self, gradients: list[Any], rate: Any, numbers: Any) -> dict[int, Any]:
+        if not self._numbers_are_given and numbers != self._numbers:
+            # Of a callable that returns something else each time: no constant of the program.
+            self._compile(numbers_are_given=True)
+        if not self._is_traceable:
+            fixed = self._version, numbers
+            return self._backend._run_here(self._step, self._selection, gradients, rate, fixed)
+        tensors = list(gradients)
+        if rate is not None:
+            tensors.append(_cast(rate, tf.float64))
+        if self._numbers_are_given:
+            tensors += [_cast(x, tf.float64) for x in numbers]
+        if self._is_proven:
+            return dict(zip(self._keys, self._call(tensors), strict=True))
+        try:
+            counts = self._call(tensors)
+        except tf.errors.OpError:
+            if not self._is_jit:
+                raise
+            # XLA compiles before anything runs: nothing has been changed.
+            self._is_jit = False
+            self._compile(numbers_are_given=self._numbers_are_given)
+            counts = self._call(tensors)
+        self._is_proven = True
+        return dict(zip(self._keys, counts, strict=True))
+
+
+# XLA splits each of its loops over the threads and waits for all of them, 500 times a step of
+# ResNet-50. Parts of a step that TensorFlow runs side by side do not wait for each other.
+_PART = 2**18
+
+
+def _parts(entries: Sequence[Entry]) -> list[list[int]]:
+    """Positions of entries, in parts of at least so many elements."""
+    parts: list[list[int]] = [[]]
+    size = 0
+    for i, entry in enumerate(entries):
+        if size >= _PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(i)
+        size += math.prod(entry.shape)
+    return parts
+
+
+def _caller(concrete: Any) -> Callable[[list[Any]], Any]:
+    """A call of a function that has one signature and that no tape records."""
+    function = getattr(concrete, "_inference_function", None)
+    call = getattr(function, "call_flat", None)
+    if call is None:  # pragma: no cover
+        return lambda tensors: concrete(*tensors)
+    captured = list(concrete.captured_inputs)
+    return lambda tensors: call(*tensors, *captured)
+
+
+class Known:
+    """What a step expects of its tensors, so that a glance shows whether all is as before."""
+
+    def __init__(self, selection: Selection) -> None:
+        self._own = [entry.variable for entry in selection.entries]
+        self._shapes = [entry.shape for entry in selection.entries]
+        self._dtypes = [tf.as_dtype(entry.dtype).as_datatype_enum for entry in selection.entries]
+        self._types = [_EagerTensor] * len(self._own)
+
+    def fits(self, gradients: list[Any], variables: list[Any]) -> bool:
+        return (
+            len(variables) == len(self._own)
+            and all(map(is_, variables, self._own))
+            and list(map(type, gradients)) == self._types
+            and list(map(_shape_of, gradients)) == self._shapes
+            and list(map(_dtype_of, gradients)) == self._dtypes
+        )
+
+
+_EagerTensor: Any = type(tf.zeros(()))
+_shape_of: Callable[[Any], Any] = getattr(
+    _EagerTensor, "_shape_tuple", lambda tensor: tuple(tensor.shape)
+)
+_dtype_of: Callable[[Any], Any] = getattr(
+    _EagerTensor, "_datatype_enum", lambda tensor: tensor.dtype.as_datatype_enum
+)
+
+
+def _is_distributed(value: Any) -> bool:
+    return isinstance(value, tf.distribute.DistributedValues)
+
+
+def _is_real(dtype: Any) -> bool:
+    return bool(dtype.is_floating or dtype.is_integer) and not dtype.is_quantized
+
+
+def _in_graph_of_1() -> bool:
+    return not tf.executing_eagerly() and not tf.inside_function()
+
+
+def _session() -> Any:
+    session = tf.compat.v1.get_default_session()
+    if session is None:
+        raise RuntimeError(
+            "In a graph the values of variables are in a session. Do this inside `with "
+            "session.as_default():`."
+        )
+    return session
+
+
+def _sum_of_slices(slices: Any, entry: Entry, who: str, expected: str) -> Any:
+    """`tf.IndexedSlices` as a dense gradient, the rows of each index summed."""
+    values, indices = slices.values, slices.indices
+    form = f"values of shape {values.shape} and indices of shape {indices.shape}"
+    fits = (
+        entry.shape != ()
+        and indices.shape.rank in (1, None)
+        and values.shape.is_compatible_with((None, *entry.shape[1:]))
+        and values.shape[:1].is_compatible_with(indices.shape)
+    )
+    if fits and slices.dense_shape is not None:
+        dense = tf.get_static_value(tf.convert_to_tensor(slices.dense_shape))
+        fits = dense is None or tuple(dense) == entry.shape
+        form += f" and dense_shape {None if dense is None else tuple(map(int, dense))}"
+    if not fits:
+        raise ValueError(
+            f"{who} must have the variable's shape. Received tf.IndexedSlices with {form}. "
+            f"{expected}"
+        )
+    return _scattered(indices[:, None], values, entry, who)
+
+
+def _scattered(indices: Any, values: Any, entry: Entry, who: str) -> Any:
+    """The sum of the values at each index; an error if one is out of range."""
+    if tf.executing_eagerly():
+        given = indices.numpy()
+        outside = ((given < 0) | (given >= np.array(entry.shape[: given.shape[1]]))).any(axis=1)
+        if outside.any():
+            raise ValueError(
+                f"{who} must have indices from 0 up to the variable's shape {entry.shape}. "
+                f"Received index {given[outside][0].tolist()}. Drop padding ids, or enlarge the "
+                "table."
+            )
+    if entry.dtype in HALVES or values.dtype.name in HALVES:
+        values = tf.cast(values, tf.float32)  # so that repeated rows are summed in float32
+    shape = tf.constant(entry.shape, indices.dtype)
+    return tf.scatter_nd(indices, values, shape)
+
+
+def _fitting(value: Any, name: str, variable: Any) -> Any:
+    """A value that `stateless_apply` is given, as a tensor of its variable's shape and dtype."""
+    if isinstance(value, tf.Variable):
+        value = value.read_value()
+    if not isinstance(value, (tf.Tensor, np.ndarray, np.generic)):
+        raise TypeError(
+            f"`stateless_apply` takes tensors. Received: {received(value)} for '{name}'."
+        )
+    value = tf.convert_to_tensor(value)
+    dtype = variable.dtype.base_dtype
+    if not value.shape.is_compatible_with(variable.shape) or (
+        value.dtype.is_floating != dtype.is_floating
+    ):
+        raise ValueError(
+            f"The value for '{name}' must have shape {tuple(variable.shape)} and dtype "
+            f"{dtype.name}, as the optimizer was built. Received shape {value.shape} and dtype "
+            f"{value.dtype.name}."
+        )
+    return tf.ensure_shape(tf.cast(value, dtype), variable.shape)
+
+
+def _checked_loss(value: Any, grad_loss: Any) -> Any:
+    shape: Any = getattr(value, "shape", None)
+    is_real = _is_tensor(value) and value.dtype.is_floating
+    if not is_real or (grad_loss is None and shape.rank not in (0, None)):
+        dtype = f" and dtype {value.dtype.name}" if _is_tensor(value) else ""
+        raise ValueError(
+            f"`loss` must return a real scalar tensor. Received: {received(value)} of shape "
+            f"{shape}{dtype}. Take its mean or sum, or pass `grad_loss` of the same shape."
+        )
+    if grad_loss is not None and not shape.is_compatible_with(np.shape(grad_loss)):
+        raise ValueError(
+            f"`grad_loss` must have the shape of the loss, {shape}. Received shape "
+            f"{np.shape(grad_loss)}."
+        )
+    return value
+
+
+def _like(grad_loss: Any, value: Any) -> Any:
+    return None if grad_loss is None else _cast(grad_loss, value.dtype)
+
+
+# --- checkpoints ---
+
+
+class Tracked(tf.__internal__.tracking.Trackable):  # type: ignore[misc]
+    """What `tf.train.Checkpoint` asks of an object: the variables that are its state, by name."""
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+        optimizer: Any = self
+        state = self._tracked_state()
+        if optimizer.built and not state and save_type == "checkpoint":
+            raise ValueError(
+                f"A checkpoint of TensorFlow holds its variables, and those of {optimizer!r} are "
+                "of another library. Save what get_weights() returns."
+            )
+        return children | state
+
+    def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
+        found = self._tracked_state().get(name)
+        return super()._lookup_dependency(name, cached_dependencies) if found is None else found
+
+    def _tracked_state(self) -> dict[str, Any]:
+        optimizer: Any = self
+        tracked = tf.__internal__.tracking.Trackable
+        state = optimizer.named_variables() if optimizer.built else {}
+        return {name: v for name, v in state.items() if isinstance(v, tracked)}
+
+
+def introduce(kind: type) -> None:
+    """Make a class one that `tf.train.Checkpoint` takes, which asks for a base of its own."""
+    if Tracked not in kind.__bases__:
+        kind.__bases__ = (*kind.__bases__, Tracked)
+
+
+BACKEND = TensorFlow

@@ -1,0 +1,716 @@
+"""PyTorch: tensors updated in place; on the CPU by the CPU kernels, on their own memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import pairwise
+from operator import is_
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
+
+from .. import options
+from ..kernels import cpu, layout
+from ..kernels.cpu import SparseRows
+from ..kernels.layout import Operand
+from ..rule import Pass, RuleKey
+from ..sparse import IndexedSlices
+from .base import HALVES, Backend, Entry, Selection, received, takes_arguments
+from .functional import Functional
+from .host import Gradients, HostMemory, Numbers, twin_apply
+
+Array = npt.NDArray[Any]
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+class Elementwise:
+    """Functions of tensors, any argument of which may be a number."""
+
+    floor, ceil, cos, log, power = torch.floor, torch.ceil, torch.cos, torch.log, torch.pow
+
+    @staticmethod
+    def asarray_float(x: Tensor) -> Tensor:
+        return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(torch.as_tensor(condition), a, b)
+
+    # A number stays one: as a tensor it would be copied to the device, which waits for it.
+    @staticmethod
+    def minimum(a: Any, b: Any) -> Tensor:
+        a, b = (a, b) if isinstance(a, Tensor) else (b, a)
+        return torch.minimum(a, b) if isinstance(b, Tensor) else torch.clamp(a, max=b)
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Tensor:
+        a, b = (a, b) if isinstance(a, Tensor) else (b, a)
+        return torch.maximum(a, b) if isinstance(b, Tensor) else torch.clamp(a, min=b)
+
+
+class Torch(Backend):
+    """What holds on every device."""
+
+    name: ClassVar[str] = "torch"
+    elementwise: ClassVar[Any] = Elementwise
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Counters live on the host, so that no step reads one back from a device.
+        self._counters: dict[int, tuple[Tensor, Array]] = {}
+        self._device = torch.device("cpu")  # of what is created for no variable in particular
+
+    @classmethod
+    def over(cls, variables: Sequence[Any]) -> Backend:
+        if "torch._dynamo" in sys.modules:
+            _hide_from_compiler()
+        return TorchMemory() if all(map(_is_on_host, variables)) else TorchDevice()
+
+    def name_of(self, variable: Tensor) -> None:
+        return None
+
+    def describe(self, variable: Any, name: str) -> Entry:
+        if not isinstance(variable, Tensor):
+            raise TypeError(
+                f"Variable '{name}' must be a torch.Tensor. Received: {received(variable)}. Of a "
+                "module, pass list(module.parameters()) or dict(module.named_parameters())."
+            )
+        if is_lazy(variable):
+            raise ValueError(
+                f"Variable '{name}' has no shape yet, as a parameter of a lazy module. Run the "
+                "module once, then create the optimizer."
+            )
+        if variable.is_nested or variable.layout != torch.strided:
+            raise TypeError(
+                f"Variable '{name}' must be a dense tensor. Received one of layout "
+                f"{'nested' if variable.is_nested else variable.layout} and dtype "
+                f"{variable.dtype}. Train the dense tensors that it is made of."
+            )
+        shape = tuple(variable.shape)
+        what = f"Variable '{name}' of shape {shape} and dtype {variable.dtype}"
+        if variable.dtype not in _DTYPES:
+            advice = " Train torch.view_as_real() of it." if variable.is_complex() else ""
+            raise TypeError(f"{what} must be float16, bfloat16, float32 or float64.{advice}")
+        if variable.is_meta:
+            raise ValueError(
+                f"{what} is on the meta device, which holds no values. Call to_empty(device=...) "
+                "on the module and initialise it first."
+            )
+        if variable.requires_grad and not variable.is_leaf:
+            raise ValueError(
+                f"{what} is the result of a computation, so that no step can change it. Pass the "
+                "leaf tensors it was computed from, or detach() of it."
+            )
+        if variable.is_neg():
+            raise ValueError(f"{what} is a view with its sign flipped. Pass resolve_neg() of it.")
+        if variable.numel() and not layout.is_injective(shape, variable.stride()):
+            raise ValueError(
+                f"{what} has elements that share memory (strides {variable.stride()}), as "
+                "expand() makes. Pass clone() of it."
+            )
+        self._check_memory(variable, what)
+        return Entry(variable, name, shape, _DTYPES[variable.dtype])
+
+    def _check_memory(self, tensor: Tensor, what: str) -> None:
+        """Raise ValueError unless a dense tensor has all of the memory that it speaks of."""
+        if _is_plain(tensor) and not _has_memory(tensor):
+            raise ValueError(
+                f"{what} has no memory that could be reached: its storage was freed, as by "
+                "resize_(0), or it belongs to a transformation of torch.func or torch.compile. "
+                "Step outside of those, on ordinary tensors."
+            )
+
+    def zeros(self, entry: Entry, dtype: str) -> Tensor:
+        # A slot is an ordinary tensor, whatever the context or the variable it is made for.
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.zeros_like(entry.variable, dtype=_BY_NAME[dtype], requires_grad=False)
+
+    def create(self, value: Array) -> Tensor:
+        with torch.inference_mode(False):
+            held = np.array(value)
+            tensor = torch.from_numpy(held)
+            if held.ndim:
+                return tensor.to(self._device)
+        self._counters[id(tensor)] = tensor, held
+        return tensor
+
+    def value(self, variable: Tensor) -> Any:
+        counter = self._counters.get(id(variable))
+        return variable.item() if counter is None else counter[1].item()
+
+    def rate(self, value: Any) -> float:
+        return options.rate("learning_rate", value)  # type: ignore[no-any-return]
+
+    def numpy(self, variable: Tensor) -> Array:
+        tensor = variable.detach().cpu().clone()
+        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+
+    def assign(self, variable: Tensor, value: Any) -> None:
+        counter = self._counters.get(id(variable))
+        if counter is not None:
+            counter[1][...] = value
+            return
+        with _writing(variable):
+            if isinstance(value, (int, float)):
+                variable.fill_(value)
+            else:
+                variable.copy_(value if isinstance(value, Tensor) else _of_numpy(value))
+
+    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+        yes() if condition else no()
+
+    def gradient(self, gradient: Any, entry: Entry) -> Any:
+        """A dense or sparse COO tensor of floats that belongs to no graph."""
+        variable = entry.variable
+        expected = f"The variable has shape {entry.shape} and dtype {entry.dtype}."
+        what = f"The gradient of variable '{entry.name}'"
+        if not isinstance(gradient, Tensor):
+            raise TypeError(
+                f"{what} must be a torch.Tensor. Received: {received(gradient)}. {expected}"
+            )
+        if isinstance(gradient, Parameter) and not isinstance(variable, Parameter):
+            raise TypeError(
+                f"{what} is an nn.Parameter, and the variable is none: pairs are (gradient, "
+                f"variable), in this order. {expected}"
+            )
+        if gradient.is_nested or tuple(gradient.shape) != entry.shape:
+            received_shape = "nested" if gradient.is_nested else tuple(gradient.shape)
+            raise ValueError(
+                f"{what} must have the variable's shape. Received shape {received_shape} and "
+                f"dtype {gradient.dtype}. {expected}"
+            )
+        if gradient.is_complex() or gradient.dtype == torch.bool or gradient.is_quantized:
+            raise TypeError(
+                f"{what} must hold real numbers. Received dtype {gradient.dtype}. {expected}"
+            )
+        if gradient.device != variable.device:
+            raise ValueError(
+                f"{what} must be on the variable's device, {variable.device}. Received one on "
+                f"{gradient.device}."
+            )
+        gradient = gradient.detach() if gradient.requires_grad else gradient
+        if gradient.dtype not in _DTYPES:
+            gradient = gradient.to(_BY_NAME[entry.slot_dtype])
+        if gradient.layout == torch.sparse_coo:
+            # In float32, so that repeated rows are summed in it.
+            return gradient.float() if _DTYPES[gradient.dtype] in HALVES else gradient
+        if gradient.layout != torch.strided:
+            return gradient.to_dense()
+        if gradient._is_zerotensor():
+            return torch.zeros_like(gradient)
+        self._check_memory(gradient, what)
+        return gradient.resolve_neg()
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    def update_each(self, *args: Any) -> None:
+        with torch.no_grad():  # of a user's arithmetic on parameters
+            super().update_each(*args)  # type: ignore[safe-super]
+
+    def stateless_apply(
+        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        return twin_apply(optimizer, state, gradients, variables, self.copied)
+
+    def differentiate(
+        self, loss: Any, variables: Sequence[Tensor], grad_loss: Any, scale: Callable[[Any], Any]
+    ) -> list[Any]:
+        with torch.inference_mode(False), torch.enable_grad():
+            sources = list(variables)
+            value = loss
+            if not isinstance(loss, Tensor) and callable(loss):
+                if takes_arguments(loss):
+                    sources = [v if v.requires_grad else _recording(v) for v in variables]
+                    value = loss(*sources)
+                else:
+                    value = loss()
+            _check_loss(value, grad_loss)
+            frozen = [i for i, v in enumerate(sources) if not v.requires_grad]
+            if frozen:
+                raise ValueError(
+                    f"Variables {frozen} of {len(sources)} do not require gradients. Call "
+                    "requires_grad_() on them, leave them out, or give a loss that takes the "
+                    "variables as arguments."
+                )
+            if not value.requires_grad:
+                raise ValueError(
+                    "`loss` does not depend on any variable: nothing on its way to the value "
+                    "recorded a gradient. Was it computed under torch.no_grad(), or detached?"
+                )
+            if grad_loss is not None:
+                grad_loss = torch.as_tensor(grad_loss, dtype=value.dtype, device=value.device)
+                if grad_loss.shape != value.shape:
+                    raise ValueError(
+                        f"`grad_loss` must have the shape of the loss, {tuple(value.shape)}. "
+                        f"Received shape {tuple(grad_loss.shape)}."
+                    )
+            return list(torch.autograd.grad(scale(value), sources, grad_loss, allow_unused=True))
+
+
+@cache
+def _hide_from_compiler() -> None:
+    """Let torch.compile call a step, not trace it: it would meet pointers, and compile in vain."""
+    with suppress(Exception):  # it is no public interface; steps are right without it, too
+        sys.modules["torch._dynamo"].trace_rules.add(__name__.partition(".")[0])
+
+
+def _check_loss(value: Any, grad_loss: Any) -> None:
+    is_real = isinstance(value, Tensor) and value.is_floating_point()
+    if not is_real or (grad_loss is None and value.numel() != 1):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        dtype = f" and dtype {value.dtype}" if isinstance(value, Tensor) else ""
+        raise ValueError(
+            f"`loss` must be, or return, a tensor of one real number. Received: {received(value)}"
+            f"{shape}{dtype}. Take its mean or sum, or pass `grad_loss` of the same shape."
+        )
+
+
+def _recording(variable: Tensor) -> Tensor:
+    """The same memory as a leaf that records gradients."""
+    if variable.is_inference():
+        variable = variable.clone()
+    return variable.detach().requires_grad_()
+
+
+def _writing(variable: Tensor) -> Any:
+    """The context in which a variable can be written to in place."""
+    return torch.inference_mode() if variable.is_inference() else torch.no_grad()
+
+
+def _of_numpy(value: Any) -> Tensor:
+    copy = np.array(value)  # torch warns of an array that it could not write to
+    return torch.from_numpy(copy.astype(np.float32) if copy.dtype.name == "bfloat16" else copy)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor itself: of a DTensor, say, the values lie in other tensors."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _is_on_host(variable: Any) -> bool:
+    is_tensor = isinstance(variable, Tensor)
+    return not is_tensor or (variable.device.type in ("cpu", "meta") and _is_plain(variable))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a dense tensor lies within a storage that is there."""
+    if tensor.numel() == 0:
+        return True
+    try:
+        # Inside a transformation detach() wraps an ordinary tensor, too.
+        address, held = tensor.detach().data_ptr(), tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return False
+    end = tensor.storage_offset() + _reach(tensor)
+    return address != 0 and bool(end * tensor.element_size() <= held)
+
+
+def _reach(tensor: Tensor) -> int:
+    """The number of elements from the first in memory to the last, those between included."""
+    if tensor.is_contiguous():
+        return tensor.numel()  # type: ignore[no-any-return]
+    return 1 + int(sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True)))
+
+
+def _array_over(tensor: Tensor, dtype: Any) -> Array:
+    """An array over a tensor's memory, good for as long as the tensor lies there.
+
+    `Tensor.numpy()` would hold the memory, but never again let the user resize it, as FSDP does.
+    """
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype)
+    size = tensor.element_size()
+    memory = (ctypes.c_char * (_reach(tensor) * size)).from_address(tensor.data_ptr())
+    strides = [size * stride for stride in tensor.stride()]
+    return np.ndarray(tuple(tensor.shape), dtype, memory, 0, strides)
+
+
+class TorchMemory(Torch, HostMemory):
+    """Tensors on the CPU."""
+
+    functions: ClassVar[Any] = Numbers
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._built: Placed | None = None
+
+    def view(self, variable: Tensor) -> Array:
+        return _array_over(variable, cpu.STORAGE[_DTYPES[variable.dtype]])
+
+    def operand(self, entry: Entry) -> Operand:
+        # Variables and gradients were looked at before.
+        for held in (*entry.slots, entry.accumulator, entry.average):
+            if held is not None and not _has_memory(held):
+                raise ValueError(
+                    f"The optimizer's state for variable '{entry.name}' has no memory any more. "
+                    "Write to state variables in place, or use set_weights()."
+                )
+        return super().operand(entry)
+
+    def dtype(self, variable: Tensor) -> str:
+        return _DTYPES[variable.dtype]
+
+    def floats(self, values: Any, entry: Entry) -> Tensor:
+        tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values.detach()
+        return tensor.to(_BY_NAME[entry.slot_dtype])
+
+    def threads(self) -> int:
+        return cpu.threads(torch.get_num_threads())
+
+    def describe(self, variable: Any, name: str) -> Entry:
+        entry = super().describe(variable, name)
+        if not _is_on_host(variable):
+            raise ValueError(
+                f"Variable '{name}' must stay on the CPU, where this optimizer was built. It is "
+                f"now on {variable.device}. Create the optimizer after moving the module."
+            )
+        return entry
+
+    def gradient(self, gradient: Any, entry: Entry) -> Any:
+        gradient = super().gradient(gradient, entry)
+        if gradient.layout != torch.sparse_coo:
+            if not _is_plain(gradient):
+                raise TypeError(
+                    f"The gradient of variable '{entry.name}' must be an ordinary tensor, as the "
+                    f"variable is. Received: {received(gradient)}."
+                )
+            return gradient
+        if gradient.sparse_dim() != 1:
+            return gradient.to_dense()
+        values, (rows,) = gradient._values().resolve_neg(), gradient._indices()
+        of_values, of_rows = np.dtype(_DTYPES[values.dtype]), np.dtype(np.int64)
+        slices = IndexedSlices(
+            _array_over(values, of_values), _array_over(rows, of_rows), entry.shape
+        )
+        return SparseRows(*slices.coalesce())
+
+    def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
+        gathered = super().gather(selection, gradients)
+        prepared = selection.prepared
+        if not self.is_located(selection):
+            prepared["placed"] = Placed((*selection.entries, *selection.rest))
+        if gathered.odd:
+            prepared.pop("known", None)
+        else:
+            prepared["known"] = Known(selection.entries, gradients, prepared["memory"])
+        return gathered
+
+    def is_located(self, selection: Selection) -> bool:
+        placed = selection.prepared.get("placed")
+        return placed is not None and placed.holds()
+
+    def check_built(self, entries: Sequence[Entry]) -> None:
+        built = self._built
+        if built is None or built.entries is not entries or not built.holds():
+            super().check_built(entries)
+            self._built = Placed(entries)
+
+    def recognise(
+        self, selection: Selection, gradients: list[Any], variables: list[Any]
+    ) -> Gradients | None:
+        known = selection.prepared.get("known")
+        if known is None:
+            return None
+        addresses = known.addresses(gradients, variables)
+        if addresses is None or not self.is_located(selection):
+            return None
+        return Gradients(addresses, gradients, {})
+
+    def sweep(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[float],
+        rule_c: Sequence[float],
+        pass_c: Any,
+    ) -> None:
+        super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+        # As any operation in place: autograd must notice that what a graph saved is gone.
+        key = "written", id(kind), pass_c.overwrite
+        written = selection.prepared.get(key)
+        if written is None:
+            written = selection.prepared[key] = _written(kind, selection, pass_c.overwrite != 0)
+        torch.autograd.graph.increment_version(written)
+
+
+def _written(kind: Pass, selection: Selection, overwrites: bool) -> list[Tensor]:
+    """The tensors that a pass changes, and that keep count of changes."""
+    tensors: list[Any] = []
+    for entry in selection.entries if kind.gradient else selection.rest:
+        tensors += [entry.variable] if kind.updates or overwrites else []
+        tensors += entry.slots if kind.updates else ()
+        tensors += [entry.accumulator] if kind.accumulated else []
+        tensors += [entry.average] if kind.averaged else []
+    return tensors
+
+
+class Placed:
+    """Tensors as they are and where they lie, so that a glance shows whether that still holds."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self._alike = _comparison(self._variables())
+        # Of state only the place can change in a way that matters.
+        state = [(*e.slots, e.accumulator, e.average) for e in entries]
+        self._state = [tensor for each in state for tensor in each if tensor is not None]
+        self._places = self._addresses(self._variables())
+
+    def _variables(self) -> list[Tensor]:
+        return [entry.variable for entry in self.entries]
+
+    def _addresses(self, variables: list[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, variables + self._state))
+
+    def holds(self) -> bool:
+        variables = self._variables()
+        try:
+            return self._alike(*variables) and self._addresses(variables) == self._places
+        except RuntimeError:  # no memory
+            return False
+
+
+class Known:
+    """What gradients looked like in the last step that was checked at length.
+
+    Args:
+        entries: that they were for.
+        gradients: all in the variables' own types and orders of memory.
+        spans: the memory that a step writes to, in order.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        gradients: Sequence[Tensor],
+        spans: Sequence[tuple[int, int]],
+    ) -> None:
+        self._variables = [entry.variable for entry in entries]
+        self._alike = _comparison(gradients)
+        self._sizes = [(g.numel() * g.element_size(), g.element_size()) for g in gradients]
+        self._starts = [start for start, _ in spans]
+        self._stops = [stop for _, stop in spans]
+        # By where they lay: allocators return the same few addresses again and again.
+        self._seen: dict[tuple[int, ...], array[int]] = {}
+
+    def addresses(self, gradients: list[Any], variables: list[Any]) -> array[int] | None:
+        """The gradients' addresses, if they are for these variables and as they were."""
+        own = self._variables
+        if len(variables) != len(own) or not all(map(is_, variables, own)):
+            return None
+        try:
+            # A nested tensor has no strides, and to be asked for them ends the process.
+            if any(map(_is_nested, gradients)) or not self._alike(*gradients):
+                return None
+            places = tuple(map(Tensor.data_ptr, gradients))
+        except (RuntimeError, TypeError):  # no memory, or no tensor
+            return None
+        return self._seen.get(places) or self._checked(places)
+
+    def _checked(self, places: tuple[int, ...]) -> array[int] | None:
+        for address, (size, alignment) in zip(places, self._sizes, strict=True):
+            # Of the spans, which are disjoint, the last that begins before the gradient ends.
+            i = bisect_left(self._starts, address + size) - 1
+            overlaps = i >= 0 and self._stops[i] > address
+            if size and (overlaps or address == 0 or address % alignment):
+                return None
+        if len(self._seen) >= 256:
+            self._seen.clear()
+        self._seen[places] = array("q", places)
+        return self._seen[places]
+
+
+_is_nested: Callable[[Any], bool] = Tensor.is_nested.__get__
+
+# A comparison of tensors with those of an earlier step: the same types, devices, shapes, strides.
+Comparison = Callable[..., bool]
+
+
+def _comparison(tensors: Sequence[Tensor]) -> Comparison:
+    compare = _compiled_comparison if _is_compiled_comparison_right() else _plain_comparison
+    return compare(tensors)
+
+
+def _compiled_comparison(tensors: Sequence[Tensor]) -> Comparison:
+    # What torch.compile guards its functions with: all tensors in one call, some 60 ns for each.
+    # It is no public interface, hence `_is_compiled_comparison_right`.
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes: list[Any] = [list(tensor.size()) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    found: Comparison = guards.check
+    return found
+
+
+@cache
+def _is_compiled_comparison_right() -> bool:
+    """Whether this version of torch has it, and it means here what this file believes it means."""
+    try:
+        return _tells_apart(_compiled_comparison)
+    except Exception:  # whatever another version may say to such a call
+        return False
+
+
+def _plain_comparison(tensors: Sequence[Tensor]) -> Comparison:
+    expected = list(map(_looks, tensors))
+    return lambda *given: list(map(_looks, given)) == expected
+
+
+def _looks(value: Any) -> tuple[Any, ...] | None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    kind = type(value), value.device, value.dtype, value.is_neg()
+    return *kind, value.size(), value.stride()
+
+
+def _tells_apart(compare: Callable[[Sequence[Tensor]], Comparison]) -> bool:
+    """Whether a comparison knows its own kind from all others."""
+    with torch.inference_mode(False):
+        own = torch.zeros(2, 3)
+        alike = compare([own])
+        others = (
+            torch.zeros(2, 3, dtype=torch.float64),
+            torch.zeros(2, 3, dtype=torch.int32),
+            torch.zeros(3, 2),
+            torch.zeros(6),
+            torch.zeros(3, 2).t(),
+            torch.zeros(2, 6)[:, :3],
+            torch.zeros(2, 3, device="meta"),
+            torch.zeros(2, 3).to_sparse(),
+            torch.zeros(2, 3, dtype=torch.complex64).conj().imag,
+            Parameter(own, requires_grad=False),
+            np.zeros((2, 3), np.float32),
+            None,
+        )
+        return alike(own) and alike(own.clone()) and not any(map(alike, others))
+
+
+class Scalars(Numbers):
+    """Coefficients that may be on a device: norms are, so that no step waits for them."""
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        return torch.clamp(a, min=b) if isinstance(a, Tensor) else Numbers.maximum(a, b)
+
+
+class Tensors(Elementwise):
+    """The functions that the rule is bound to on whole tensors."""
+
+    sqrt = torch.sqrt
+    where = Numbers.where  # whether to overwrite is known on the host
+
+    @staticmethod
+    def cast(x: Any, dtype: str) -> Any:
+        return x.to(_BY_NAME[dtype]) if isinstance(x, Tensor) else float(x)
+
+    @staticmethod
+    def sum_of_squares(x: Tensor) -> Tensor:
+        return torch.sum(x * x)
+
+    @staticmethod
+    def broadcast_like(value: Any, like: Tensor) -> Any:
+        return value
+
+
+class TorchDevice(Torch, Functional):
+    """Tensors elsewhere: the rule on torch's own functions, nothing read back by the host."""
+
+    functions: ClassVar[Any] = Scalars
+    arrays: ClassVar[Any] = Tensors
+
+    # Nothing is traced: each value is stored as soon as it is known, so that a step needs no more
+    # memory than one variable's.
+    run = Backend.run
+
+    def load(self, variable: Tensor) -> Any:
+        return Torch.value(self, variable) if id(variable) in self._counters else variable.detach()
+
+    def store(self, variable: Tensor, value: Any) -> None:
+        Torch.assign(self, variable, value)
+
+    def value(self, variable: Tensor) -> Any:
+        return Torch.value(self, variable)
+
+    def assign(self, variable: Tensor, value: Any) -> None:
+        Torch.assign(self, variable, value)
+
+    def check_distinct(self, entries: Sequence[Entry]) -> None:
+        self._device = entries[0].variable.device
+        spans: dict[Any, list[tuple[int, int, Entry]]] = {}
+        for entry in entries:
+            v = entry.variable
+            if v.numel() and _is_plain(v):
+                start = v.data_ptr()
+                span = start, start + _reach(v) * v.element_size(), entry
+                spans.setdefault(v.device, []).append(span)
+        for each in spans.values():
+            each.sort(key=lambda span: span[:2])
+            for (_, stop, one), (start, _, other) in pairwise(each):
+                if start < stop:
+                    raise ValueError(
+                        f"Variables must not share memory. Received '{one.name}' of shape "
+                        f"{one.shape} and '{other.name}' of shape {other.shape}, which overlap. "
+                        "Pass each variable once."
+                    )
+
+    def gradient(self, gradient: Any, entry: Entry) -> Tensor:
+        for held in (*entry.slots, entry.accumulator, entry.average):
+            if held is not None and held.device != entry.variable.device:
+                raise ValueError(
+                    f"Variable '{entry.name}' must stay on {held.device}, where this optimizer "
+                    f"was built. It is now on {entry.variable.device}. Create the optimizer after "
+                    "moving the module."
+                )
+        gradient = super().gradient(gradient, entry)
+        return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
+
+    def sweep(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[Any],
+        rule_c: Sequence[Any],
+        pass_c: Sequence[Any],
+    ) -> None:
+        if len(factors):  # norms over several devices were added up on one
+            devices = [entry.variable.device for entry in selection.entries]
+            factors = [f.to(d, non_blocking=True) for f, d in zip(factors, devices, strict=True)]
+        with torch.no_grad():
+            super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+
+    def square_sums(self, *args: Any) -> list[Any]:
+        with torch.no_grad():
+            sums = super().square_sums(*args)
+        device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
+        return [each.to(device, non_blocking=True) for each in sums]
+
+
+BACKEND = Torch

@@ -1,0 +1,210 @@
+"""The step of the older generations: their clipping and `decay`, variables that come later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import options
+from ..adam import Adam
+from ..backends import backend_of
+from ..backends.base import Backend, Entry, Selection
+from ..backends.functional import Functional
+from ..optimizer import _host
+from ..options import Option
+from ..rule import clip_factor_joint, decayed_rate, make_element, make_gradient
+
+# What each hyperparameter may be, in the order that a step takes them.
+CHECKS: dict[str, options.Check] = {
+    "decay": options.rate,
+    "beta_1": options.decay_rate,
+    "beta_2": options.decay_rate,
+    "epsilon": options.small_constant,
+}
+
+
+class Engine(Adam):
+    """`omniadam.Adam` with the settings of TensorFlow 2.0, under Keras 3's names."""
+
+    decay = Option(options.or_callable(options.rate))
+    clipvalue = Option(options.limit)
+
+    _exclusive_clips: ClassVar[tuple[str, ...]] = ("clipnorm", "global_clipnorm")
+    _value_first: ClassVar[bool] = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.decay = 0.0
+        # By identity of a variable, a function of its new value.
+        self.constraints: dict[int, Callable[[Any], Any]] = {}
+        # Creates a slot under the name that TensorFlow's files know it by.
+        self.new_slot: Callable[[Backend, Entry, str, Any], Any] | None = None
+
+    def _hyperparameters(self) -> tuple[Any, ...]:
+        return tuple(self._now(name, check) for name, check in CHECKS.items())
+
+    def _now(self, name: str, check: options.Check) -> Any:
+        """A setting at this step: a number, or what is symbolic in a graph."""
+        value = getattr(self, name)
+        value = value() if callable(value) else value
+        if options.as_float(value) is None and backend_of(value) is not None:
+            assert self._backend is not None
+            return self._backend.rate(value)
+        return check(name, value)
+
+    def _coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: Any
+    ) -> Sequence[Any]:
+        decay, *others = hyperparameters
+        if not isinstance(decay, float) or decay > 0.0:
+            learning_rate = decayed_rate(learning_rate, decay, t)
+        return super()._coefficients(functions, learning_rate, t, *others)
+
+    def constrain(self, constraints: dict[int, Callable[[Any], Any]]) -> None:
+        """Set variables, by identity, to a function of their new values after each step."""
+        self.constraints = constraints
+        self._version += 1
+
+    def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
+        super()._advance(selection, gradients, rate, fixed)
+        backend = self._backend
+        assert backend is not None
+        # TensorFlow's variables may have constraints of their own; Keras's the backend sees to.
+        on_tensorflow = backend.name == "tensorflow"
+        for entry in selection.entries if self.constraints or on_tensorflow else ():
+            constraint = self.constraints.get(id(entry.key))
+            if constraint is None and on_tensorflow:
+                constraint = entry.key.constraint
+            if constraint is not None:
+                read = backend.read if isinstance(backend, Functional) else backend.array
+                backend.assign(entry.variable, constraint(read(entry.variable)))
+
+    # --- variables that come later ---
+
+    def include(self, variables: Sequence[Any]) -> None:
+        """Create the state of those variables that have none yet."""
+        if self._backend is None:
+            self.build(variables)
+        elif new := [v for v in variables if id(v) not in self._index]:
+            with self._unbuilt_on_error():
+                self._grow(new)
+
+    def _grow(self, new: list[Any]) -> None:
+        held = [entry.key for entry in self._entries]
+        # Described together, so that all are of one library, and none is another.
+        backend, entries = self._described([*held, *new])
+        if type(backend) is not type(self._backend):
+            raise ValueError(
+                "Variables that come later must be where the others are. Received "
+                f"{[e.name for e in entries[len(held) :]]}. Use one optimizer for each device."
+            )
+        self._entries = (*self._entries, *entries[len(held) :])
+        self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
+        self._selections, self._recent = {}, None
+        self._create_slots(self._entries[len(held) :])
+
+    def _apply(self, grads: list[Any], variables: list[Any]) -> None:
+        if not self.built or all(id(v) in self._index for v in variables):
+            super()._apply(grads, variables)
+            return
+        assert self._backend is not None
+        if self._backend.stand_ins(self._entries, variables) is not None:
+            super()._apply(grads, variables)
+            return
+        with self._unbuilt_on_error():
+            self._grow([v for v in variables if id(v) not in self._index])
+            super()._apply(grads, variables)
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """As in `Optimizer`, under the name that TensorFlow's files know the slot by."""
+        if self.new_slot is None:
+            return super().add_variable_from_reference(reference_variable, name, initializer)
+        assert self._backend is not None
+        entry = self._entry(reference_variable)
+        slot = self.new_slot(self._backend, entry, name or "var", initializer)
+        self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name}", slot)
+        return slot
+
+    def put_slot(self, entry: Entry, position: int, slot: Any) -> None:
+        """Keep another variable as a slot."""
+        slots = list(entry.slots)
+        self._state = [each for each in self._state if each[1] is not slots[position]]
+        slots[position] = slot
+        entry.slots = tuple(slots)
+        self._selections, self._recent = {}, None
+
+    # --- scalars ---
+
+    def count_in(self, variable: Any) -> None:
+        """Count the steps in this variable, of a library that may not be known yet."""
+        self._iteration = variable
+        self._state[0] = ("iteration", variable)
+
+    def read(self, scalar: Any) -> Any:
+        """The value of a counter or rate, whether or not the library is known yet."""
+        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
+
+    def write(self, scalar: Any, value: Any) -> None:
+        """Set a counter or rate, likewise."""
+        backend = backend_of(scalar) if self._backend is None else None
+        (backend.over([scalar]) if backend else self._backend).assign(scalar, value)  # type: ignore[union-attr]
+
+    def _read(self, scalar: Any) -> Any:
+        return self.read(scalar)
+
+    def _moved(self, value: Any) -> Any:
+        if value is self._iteration:
+            if isinstance(self._backend, backend_of(value) or ()):
+                return value  # the user's own, or seen by the user
+            self._iteration = value = np.asarray(_host(value))
+        return super()._moved(value)
+
+    # --- gradients as a step applies them ---
+
+    def clipped(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """What a step makes of gradients before Adam; no state is needed or created."""
+        kind = (self._passes or self._make_passes())[0]
+        if not (kind.clipped_by_factor or kind.clipped_by_value):
+            return list(gradients)
+        backend, entries = self._described(list(variables))
+        twin = object.__new__(type(self))
+        twin.__dict__ = {**self.__dict__, "_backend": backend}
+        selection = Selection(entries, ())
+        dense = [g.to_dense() if hasattr(g, "to_dense") else g for g in gradients]
+        gathered = backend.gather(
+            selection, [backend.gradient(g, e) for g, e in zip(dense, entries, strict=True)]
+        )
+        c = twin._pass_coefficients(backend.functions, 0.0, 0)
+        factors = twin._clip_factors(kind, selection, gathered, c) or [1.0] * len(dense)
+        if isinstance(backend, Functional):
+            factors = [
+                backend._coefficients([factor], entry.dtype)[0]
+                for factor, entry in zip(factors, entries, strict=True)
+            ]
+        f = backend.elementwise
+        element = make_element(
+            kind,
+            lambda w, g, slots, c: (g, slots),
+            make_gradient(kind, f.minimum, f.maximum),
+            minimum=f.minimum,
+            maximum=f.maximum,
+            where=f.where,
+            rounded=lambda w: w,
+        )
+        with np.errstate(all="ignore"):
+            return [
+                element(g, g, (), None, None, factor, (), c)[0]
+                for g, factor in zip(dense, factors, strict=True)
+            ]
+
+
+class JointlyClipped(Engine):
+    """The clipping of TensorFlow 1.1: one norm over all gradients, then the value."""
+
+    _exclusive_clips: ClassVar[tuple[str, ...]] = ()
+    _value_first: ClassVar[bool] = False
+    _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_joint)

@@ -1,0 +1,395 @@
+"""What both older generations are made of: an engine under their names, in their orders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from inspect import isfunction
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import options
+from ..backends import backend_of
+from ..backends.base import received
+from ..optimizer import _host, _initial, _is_schedule
+from .engine import CHECKS, Engine
+
+Array = npt.NDArray[Any]
+Pairs = list[tuple[Any, Any]]
+
+
+class Hyperparameter:
+    """An attribute of an older optimizer: a number, a schedule, a callable, or a tensor.
+
+    Args:
+        name: what the engine calls it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else instance._get_hyper(self._name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance._set_hyper(self._name, value)
+
+
+class Clip:
+    """A threshold of clipping as an attribute."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else instance._clips[self._name]
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance._set_clips({**instance._clips, self._name: value})
+
+
+class Held:
+    """A tensor as a callable: read at each step, when it may have changed."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __call__(self) -> Any:
+        """The tensor, to compute with."""
+        if hasattr(self.tensor, "read_value"):  # of tf.Variables, for a graph to read each time
+            return self.tensor.read_value()
+        backend = backend_of(self.tensor)
+        assert backend is not None
+        return backend.over([self.tensor]).array(self.tensor)
+
+
+class Older:
+    """An optimizer of an older generation."""
+
+    # What the moments are called, in the order of the engine's slots.
+    _slot_names: ClassVar[tuple[str, ...]] = ("m", "v", "vhat")
+
+    beta_1 = Hyperparameter("beta_1")
+    beta_2 = Hyperparameter("beta_2")
+    epsilon = Hyperparameter("epsilon")
+    decay = Hyperparameter("decay")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Of a class that TensorFlow tracks, where that is imported."""
+        tensorflow = _tensorflow()
+        kind: type[Self] = cls if tensorflow is None else tensorflow.tracked(cls)
+        return object.__new__(kind)
+
+    def __init__(self, engine: Engine, hyper: dict[str, Any], clips: dict[str, Any]) -> None:
+        self._engine = engine
+        # Where TensorFlow is imported, and until a variable of another library is seen.
+        self._scalars: Any = None
+        # What a checkpoint restores into slots once they exist.
+        self._deferred: dict[tuple[str, int], list[Any]] = {}
+        self._hyper: dict[str, Any] = {}
+        self._clips: dict[str, Any] = {}
+        self._counts = False  # whether there is a count of iterations among the weights
+        self._count_is_given = False
+        # Slots in the order they were created: a name, and the position of the variable.
+        self._created: list[tuple[str, int]] = []
+        self._extra: dict[tuple[str, int], Any] = {}
+        for name, value in hyper.items():
+            self._set_hyper(name, value)
+        self._set_clips(clips)
+        if (tensorflow := _tensorflow()) is not None:
+            self._scalars = tensorflow.Scalars(self)
+
+    # --- settings ---
+
+    def _get_hyper(self, name: str) -> Any:
+        value = self._hyper[name]
+        if _is_schedule(value):
+            return value
+        if callable(value):
+            return value()
+        if self._scalars is None or name == "epsilon" or not isinstance(value, float):
+            return value
+        return self._scalars.number(name)
+
+    def _set_hyper(self, name: str, value: Any) -> None:
+        if callable(value) or _is_tensor(value):
+            self._hyper[name] = value
+            self._feed_engine(name)
+            return
+        check = options.rate if name == "learning_rate" else CHECKS[name]
+        number = check(name, value)
+        was_number = isinstance(self._hyper.get(name), float)
+        has_variable = self._scalars is not None and name in self._scalars
+        if has_variable:
+            self._scalars.set(name, number)
+        self._hyper[name] = number
+        if not (has_variable and was_number):
+            self._feed_engine(name)
+
+    def _feed(self, name: str) -> Any:
+        """A hyperparameter as the engine takes it."""
+        value = self._hyper[name]
+        if isinstance(value, float) and self._scalars is not None and name in self._scalars:
+            return self._scalars.reader(name)
+        return Held(value) if _is_tensor(value) else value
+
+    def _feed_engine(self, name: str) -> None:
+        engine, given = self._engine, self._feed(name)
+        if name == "learning_rate" and engine._schedule is not None:
+            engine._set_learning_rate(given)  # a number may take the place of a schedule here
+        else:
+            setattr(engine, name, given)
+
+    def _number(self, name: str) -> float:
+        """A hyperparameter as it is in a config: what a callable returns, or a tensor holds."""
+        held = self._feed(name)
+        value = held() if callable(held) else held
+        number = options.as_float(_host(value) if _is_tensor(value) else value)
+        if number is None:
+            raise ValueError(f"`{name}` is no number that a config can hold. Received: {value!r}")
+        return number
+
+    def _clipping(self, clips: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The engine's thresholds for one's own."""
+        raise NotImplementedError
+
+    def _set_clips(self, clips: dict[str, Any]) -> None:
+        checked = {name: options.limit(name, value) for name, value in clips.items()}
+        options.check_clips(checked, self._engine._exclusive_clips)
+        for name in options.CLIPS:
+            setattr(self._engine, name, None)
+        for name, value in self._clipping(checked).items():
+            setattr(self._engine, name, value)
+        self._clips = checked
+
+    # --- state ---
+
+    def _iterations(self) -> Any:
+        self._counts = True
+        if self._scalars is not None and self._engine._backend is None:
+            self._scalars.count()
+        return self._shown(self._engine._iteration)
+
+    def _shown(self, variable: Any) -> Any:
+        """A state variable as the user is given it."""
+        backend = self._engine._backend
+        return variable if backend is None else backend.shown(variable)
+
+    def _set_iterations(self, variable: Any) -> None:
+        if self._counts or self._engine.built:
+            raise RuntimeError(
+                "`iterations` cannot be set to another variable once the optimizer has weights. "
+                f"Received: {received(variable)}. Set it before, or assign to its value."
+            )
+        dtype = str(getattr(variable, "dtype", type(variable).__name__))
+        if not _is_tensor(variable) or "int" not in dtype or tuple(variable.shape) != ():
+            raise TypeError(
+                "`iterations` must be a variable of shape () that holds an integer. Received: "
+                f"{received(variable)}."
+            )
+        self._engine.count_in(variable)
+        self._counts = self._count_is_given = True
+
+    @property
+    def weights(self) -> list[Any]:
+        """The state variables: the count of iterations, then slots in the order of creation."""
+        return [self._shown(variable) for variable in self._held()]
+
+    def _held(self) -> list[Any]:
+        """The same, as the engine holds them."""
+        if not self._counts:
+            return []
+        self._iterations()
+        return [self._engine._iteration, *(self._slot(name, i) for name, i in self._created)]
+
+    def _slot(self, name: str, i: int) -> Any:
+        if (name, i) in self._extra:
+            return self._extra[name, i]
+        return self._engine._entries[i].slots[self._slot_names.index(name)]
+
+    def _create_slots(self, variables: Sequence[Any]) -> None:
+        """Name the slots of variables that the engine has created: all m, all v, all vhat."""
+        self._counts = True
+        engine = self._engine
+        names = self._slot_names[: len(engine._entries[0].slots)]
+        if len(self._created) - len(self._extra) == len(names) * len(engine._entries):
+            return  # as at every step but the first
+        known, positions = set(self._created), [engine._index.get(id(v)) for v in variables]
+        for name in names:
+            self._created += [
+                (name, i) for i in positions if i is not None and (name, i) not in known
+            ]
+
+    def get_weights(self) -> list[Array]:
+        """Returns the current value of the weights of the optimizer.
+
+        Returns:
+            A list of NumPy arrays: the count of iterations, and the slots in the order of creation.
+        """
+        backend = self._engine._backend
+        read = _host if backend is None else backend.numpy
+        return [np.array(read(variable)) for variable in self._held()]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the weights of the optimizer, from NumPy arrays.
+
+        Args:
+            weights: a list of arrays as `get_weights` returns. Their number and shapes must match
+                those of the optimizer's weights, which exist after the first step.
+
+        Raises:
+            ValueError: if their number, a shape or a type is wrong. Nothing has been changed then.
+        """
+        variables, weights, engine = self._held(), list(weights), self._engine
+        if len(weights) != len(variables):
+            hint = "" if self._created else " It has no slots before the first step."
+            raise ValueError(
+                f"`set_weights` needs {len(variables)} arrays, one for each of this optimizer's "
+                f"weights. Received {len(weights)}.{hint}"
+            )
+        if engine._backend is None:
+            for value in weights:
+                number = options.as_float(_host(value))
+                if number is None or number < 0 or not number.is_integer():
+                    raise ValueError(f"`iterations` must be a whole number. Received: {value!r}")
+                engine.write(engine._iteration, int(number))
+            return
+        given = {id(v): value for v, value in zip(variables, weights, strict=True)}
+        read = engine._backend.numpy
+        engine.set_weights([given[id(v)] if id(v) in given else read(v) for _, v in engine._state])
+
+    def _add_slot(self, variable: Any, name: str, initializer: Any) -> Any:
+        engine = self._engine
+        self._prepare([variable])
+        engine.include([variable])
+        i = engine._get_variable_index(variable)
+        if (name, i) not in self._created:
+            entry = engine._entries[i]
+            is_moment = name in self._slot_names[: len(entry.slots)]
+            if not is_moment or initializer != "zeros":
+                slot = engine.add_variable_from_reference(variable, name, initializer)
+                if is_moment:
+                    engine.put_slot(entry, self._slot_names.index(name), slot)
+                else:
+                    self._extra[name, i] = slot
+            self._counts = True
+            self._created.append((name, i))
+        return self._shown(self._slot(name, i))
+
+    def _sort_slots(self) -> None:
+        """The order of creation is that of a first step, whatever order a checkpoint has."""
+        names = self._slot_names
+        self._created.sort(key=lambda s: (names.index(s[0]) if s[0] in names else len(names), s[1]))
+
+    def _add_weight(
+        self, name: str, shape: tuple[int, ...], dtype: str, initializer: Any, **arguments: Any
+    ) -> Any:
+        if self._scalars is not None:
+            return self._scalars.weight(name, shape, dtype, initializer, **arguments)
+        value, backend = _initial(initializer, shape, dtype), self._engine._backend
+        return value if backend is None else backend.create(value)
+
+    # --- steps ---
+
+    def _prepare(self, variables: Sequence[Any]) -> None:
+        """Make ready for the library of the first variables."""
+        engine = self._engine
+        if engine._backend is not None or not variables:
+            return
+        tensorflow = _tensorflow()
+        if tensorflow is not None and tensorflow.is_variable(variables[0]):
+            if self._scalars is None:  # it was imported since
+                self.__class__ = tensorflow.tracked(type(self))
+                self._scalars = tensorflow.Scalars(self)
+            self._scalars.create_all(variables)
+        elif self._scalars is not None:
+            numbers = {n: self._number(n) for n, v in self._hyper.items() if isinstance(v, float)}
+            self._hyper |= numbers
+            self._scalars = None
+            for name in self._hyper:
+                self._feed_engine(name)
+
+    def _plain(self, name: str) -> Any:
+        """A hyperparameter as the engine takes it, without TensorFlow's variables."""
+        is_number = isinstance(self._hyper[name], float)
+        return self._number(name) if is_number else self._feed(name)
+
+    def _apply(self, pairs: Pairs, name: str | None) -> Any:
+        variables = [variable for _, variable in pairs]
+        self._prepare(variables)
+        result = self._engine.apply_gradients(pairs)
+        self._create_slots(variables)
+        if self._scalars is None:
+            return result
+        return self._scalars.result(result, name or self._engine.name)
+
+    def _get_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:
+        try:
+            gradients = self._engine.get_gradients(loss, variables)
+        except (NotImplementedError, LookupError) as error:
+            raise ValueError(
+                "A gradient cannot be computed, as an operation between the loss and a variable "
+                f"has none: {error}"
+            ) from error
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                raise ValueError(
+                    f"Variable {_name_of(variables[i])}, number {i}, has no gradient: the loss "
+                    "does not depend on it, or by an operation that has none."
+                )
+        return gradients
+
+    def _evaluated(self, loss: Callable[[], Any]) -> tuple[Any, Callable[..., list[Any]]]:
+        """The value of a loss, and what differentiates it once its variables are known."""
+        tensorflow = _tensorflow()
+        if tensorflow is None:
+            return loss(), self._engine._differentiated
+        value, tape = tensorflow.evaluated(loss)
+        if tape is None:
+            return value, self._engine._differentiated
+
+        def differentiate(value: Any, variables: list[Any], grad_loss: Any, _: Any) -> list[Any]:
+            entries = self._engine._described(variables)[1]
+            gradients = tape.gradient(value, [entry.variable for entry in entries], grad_loss)
+            return list(gradients)
+
+        return value, differentiate
+
+    def _updates(self, step: Callable[[], Any], variables: Sequence[Any]) -> list[Any]:
+        """What makes a step when it is run: an operation if a graph is being built."""
+        tensorflow = _tensorflow()
+        if tensorflow is None or not tensorflow.in_graph():
+            return [step]
+        return [step()] if tensorflow.is_variable(variables[0]) else [step]
+
+
+def as_it_is(kind: type) -> None:
+    """Keep AutoGraph, which rewrites what a tf.function calls, from the methods of a class."""
+    for method in [each for each in vars(kind).values() if isfunction(each)]:
+        vars(method)["autograph_info__"] = {}
+
+
+as_it_is(Older)
+
+
+def _tensorflow() -> Any:
+    """What is only for TensorFlow, if that is imported."""
+    if not hasattr(sys.modules.get("tensorflow"), "Variable"):
+        return None
+    return import_module(".tensorflow", __package__)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether it is an array of some library, which may hold another value at the next step."""
+    if callable(value) or isinstance(value, np.generic):
+        return False
+    return backend_of(value) is not None
+
+
+def _name_of(variable: Any) -> str:
+    backend = backend_of(variable)
+    name = None if backend is None else backend.over([variable]).name_of(variable)
+    return repr(name) if name else f"of shape {tuple(getattr(variable, 'shape', ()))}"

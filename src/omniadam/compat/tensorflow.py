@@ -1,0 +1,297 @@
+"""What TensorFlow adds to an older optimizer: scalars that are variables, and its checkpoints.
+
+Imported only where TensorFlow is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ..backends import backend_of
+from ..backends.base import Entry
+
+
+class Scalars:
+    """The count of iterations and the numbers among the hyperparameters, as TensorFlow has them.
+
+    float32, as in its checkpoints. But 1 - float32(0.999) is wrong by 1e-5, so that as long as a
+    variable holds what it was set to, the number it was set to is what is computed with.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._variables: dict[str, Any] = {}
+        self._strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+
+    def _create(self, name: str, value: Any, dtype: str, **arguments: Any) -> Any:
+        """A variable of the optimizer, part of its checkpoints."""
+        optimizer, strategy = self._optimizer, self._strategy
+        name_in_graph = f"{optimizer._engine.name}/{name}"
+        scope: Any = nullcontext()
+        if strategy is not None and not tf.distribute.has_strategy():
+            scope = strategy.scope()
+        with tf.init_scope(), scope:
+            variable = tf.Variable(value, dtype=dtype, name=name_in_graph, **arguments)
+        optimizer._track_trackable(variable, name, overwrite=True)
+        return variable
+
+    def create_all(self, variables: Sequence[Any]) -> None:
+        """What TensorFlow's optimizer creates before its slots, where the variables are."""
+        backend: Any = backend_of(variables[0])
+        self._strategy = backend.over(variables)._strategy or self._strategy
+        self._optimizer._engine.new_slot = self.slot
+        self.count()
+        for name, value in sorted(self._optimizer._hyper.items()):
+            if isinstance(value, float) and name != "epsilon":
+                self.number(name)
+
+    def count(self) -> None:
+        """Count the iterations in a variable of TensorFlow."""
+        optimizer, engine = self._optimizer, self._optimizer._engine
+        if "iter" in self._variables:
+            return
+        if optimizer._count_is_given:
+            if isinstance(engine._iteration, tf.Variable):
+                self._variables["iter"] = engine._iteration
+                optimizer._track_trackable(engine._iteration, "iter", overwrite=True)
+            return
+        begin = engine.read(engine._iteration)
+        self._variables["iter"] = self._create("iter", begin, "int64", **_OF_ONE_REPLICA)
+        engine.count_in(self._variables["iter"])
+
+    def number(self, name: str) -> Any:
+        """The variable of a hyperparameter."""
+        if name not in self._variables:
+            value = self._optimizer._hyper[name]
+            self._variables[name] = self._create(name, value, "float32", **_OF_ONE_REPLICA)
+            self._optimizer._feed_engine(name)
+        return self._variables[name]
+
+    def set(self, name: str, value: float) -> None:
+        """Give a variable that there is another value."""
+        variable = self._variables[name]
+        backend: Any = backend_of(variable)
+        backend.over([variable]).assign(variable, value)
+
+    def reader(self, name: str) -> Callable[[], Any]:
+        """What reads the variable of a hyperparameter, in double precision."""
+        return partial(self._read, name)
+
+    def _read(self, name: str) -> Any:
+        held, number = tf.convert_to_tensor(self._variables[name]), self._optimizer._hyper[name]
+        rounded = np.float32(number)
+        if not tf.is_symbolic_tensor(held):
+            value = held.numpy()
+            return number if value == rounded else float(value)
+        return tf.where(
+            tf.equal(held, rounded), tf.constant(number, tf.float64), tf.cast(held, tf.float64)
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._variables
+
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        initializer: Any,
+        *,
+        trainable: bool,
+        synchronization: Any,
+        aggregation: Any,
+    ) -> Any:
+        """A variable that `add_weight` adds."""
+        return self._create(
+            name,
+            _initial(initializer, shape, dtype),
+            dtype,
+            trainable=trainable,
+            synchronization=tf.VariableSynchronization[_word(synchronization)],
+            aggregation=tf.VariableAggregation[_word(aggregation)],
+        )
+
+    def slot(self, backend: Any, entry: Entry, name: str, initializer: Any) -> Any:
+        """A slot, where the backend would create it."""
+        owner, name = entry.variable.name.partition(":")[0], _SLOTS.get(name, name)
+        value = _initial(initializer, entry.shape, entry.slot_dtype)
+        with tf.init_scope(), backend._place(entry.variable):
+            return tf.Variable(
+                value,
+                dtype=entry.slot_dtype,
+                name=f"{self._optimizer._engine.name}/{owner}/{name}",
+                trainable=False,
+            )
+
+    def result(self, result: Any, name: str) -> Any:
+        """What `apply_gradients` returns."""
+        optimizer = self._optimizer
+        for (slot_name, key), positions in list(optimizer._deferred.items()):
+            i = optimizer._engine._index.get(key)
+            if i is not None and (slot_name, i) in optimizer._created:
+                del optimizer._deferred[slot_name, key]
+                for position in sorted(positions, key=lambda p: p.restore_uid, reverse=True):
+                    position.restore(optimizer._slot(slot_name, i))
+        if not in_graph():
+            return optimizer._engine._iteration
+        with tf.control_dependencies([result]):
+            return tf.no_op(name=name)
+
+
+# TensorFlow's names for what the engine calls its slots.
+_SLOTS = {"momentum": "m", "velocity": "v", "velocity_hat": "vhat"}
+_OF_ONE_REPLICA = {
+    "trainable": False,
+    "aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA,
+}
+
+
+def _word(member: Any) -> str:
+    return str(getattr(member, "name", member))
+
+
+def _initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    if initializer == "zeros":
+        return np.zeros(shape, tf.as_dtype(dtype).as_numpy_dtype)
+    if initializer == "ones":
+        return np.ones(shape, tf.as_dtype(dtype).as_numpy_dtype)
+    return lambda: tf.reshape(tf.cast(initializer(shape, dtype), dtype), shape)
+
+
+def is_variable(variable: Any) -> bool:
+    """Whether it is a variable of TensorFlow, or of Keras on TensorFlow."""
+    backend = backend_of(variable)
+    if backend is None:
+        return False
+    try:
+        native = backend.over([variable]).describe(variable, "variable").variable
+    except (TypeError, ValueError):
+        return False
+    return isinstance(native, tf.Variable)
+
+
+def in_graph() -> bool:
+    """Whether what is called now adds operations to a graph."""
+    return not tf.executing_eagerly()
+
+
+def evaluated(loss: Callable[[], Any]) -> tuple[Any, Any]:
+    """The value of a loss, and the tape of it if it is TensorFlow's."""
+    if tf.inside_function():
+        autograph = tf.__internal__.autograph
+        loss = autograph.tf_convert(loss, autograph.control_status_ctx())
+    with tf.GradientTape() as tape:
+        value = loss()
+    return value, tape if isinstance(value, tf.Tensor) else None
+
+
+# --- checkpoints ---
+
+
+class Trackable:
+    """The methods by which `tf.train.Checkpoint` finds the slots of an optimizer."""
+
+    def _create_or_restore_slot_variable(
+        self,
+        slot_variable_position: Any,
+        slot_name: str,
+        variable: Any,
+        slot_variable_shape: Any = None,
+    ) -> Any:
+        """The slot to restore; None if it is to be restored once it is created."""
+        optimizer: Any = self
+        if tf.executing_eagerly():
+            slot = optimizer._add_slot(variable, slot_name, "zeros")
+            optimizer._sort_slots()
+            return slot
+        try:
+            return optimizer.get_slot(variable, slot_name)
+        except KeyError:
+            key = slot_name, id(variable)
+            optimizer._deferred.setdefault(key, []).append(slot_variable_position)
+            return None
+
+
+def _for_tf_keras(kind: Any) -> dict[str, Any]:
+    """What the models of `tf_keras` call with arguments of later versions."""
+
+    def minimize(
+        self: Any,
+        loss: Any,
+        var_list: Any,
+        grad_loss: Any = None,
+        name: str | None = None,
+        tape: Any = None,
+    ) -> Any:
+        if tape is None:
+            return kind.minimize(self, loss, var_list, grad_loss, name)
+        with tape:
+            loss = loss() if callable(loss) else loss
+        variables = list(var_list() if callable(var_list) else var_list)
+        gradients = tape.gradient(loss, variables, grad_loss)
+        return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
+
+    def apply_gradients(
+        self: Any,
+        grads_and_vars: Any,
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> Any:
+        return kind.apply_gradients(self, grads_and_vars, name)
+
+    methods = {each.__name__: each for each in (minimize, apply_gradients)}
+    for method in methods.values():
+        vars(method)["autograph_info__"] = {}  # as in `older.as_it_is`
+    return methods if hasattr(kind, "minimize") else {}
+
+
+@cache
+def _tracked(kind: type, base: type) -> type:
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = _new(kind)
+        new.__dict__.update(copy.deepcopy(_state(self), memo))
+        return new
+
+    namespace = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "_untracked": kind,
+        # Not those of the base, which look up hyperparameters by name.
+        "__getattribute__": object.__getattribute__,
+        "__setattr__": object.__setattr__,
+        "__dir__": object.__dir__,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": lambda self, protocol: (_new, (kind,), _state(self)),
+    }
+    if base is not tf.__internal__.tracking.Trackable:
+        namespace |= _for_tf_keras(kind)
+    return type(kind.__name__, (kind, Trackable, base), namespace)
+
+
+def tracked(kind: type) -> type:
+    """A class of optimizers as one that TensorFlow tracks, and `tf_keras` takes for its own."""
+    kind = getattr(kind, "_untracked", kind)
+    keras = sys.modules.get("tf_keras")
+    if keras is None and os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+        keras = tf.keras
+    base = keras.optimizers.legacy.Optimizer if keras else tf.__internal__.tracking.Trackable
+    return _tracked(kind, base)
+
+
+def _new(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _state(optimizer: Any) -> dict[str, Any]:
+    """Without what TensorFlow keeps on an object that it tracks."""
+    return {k: v for k, v in optimizer.__dict__.items() if not k.startswith("_self_")}

@@ -1,0 +1,192 @@
+"""Run by test_keras.py, in a process for each of Keras's backends: `keras.Variable`s in a loop."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import omniadam
+from cases import CASES, SMALL_SHAPES, Case, assert_close, gradients, variables
+from omniadam import Adam
+
+BACKEND = keras.backend.backend()
+STEPS = 12
+NAMES = [
+    *("defaults", "schedule", "amsgrad", "excluded", "clipnorm", "clipvalue", "global_clipnorm"),
+    *("ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps"),
+    list(CASES)[-1],
+]
+
+
+def made(values: list[Any]) -> list[Any]:
+    return [keras.Variable(v, name=f"w{i}") for i, v in enumerate(values)]
+
+
+def tensors(values: list[Any]) -> list[Any]:
+    return [ops.convert_to_tensor(v) for v in values]
+
+
+def build(case: Case, params: list[Any]) -> Adam:
+    opt = Adam(**case.settings_for(omniadam.schedules))
+    opt.exclude_from_weight_decay(var_list=[params[i] for i in case.excluded])
+    return opt
+
+
+def raises(kind: type[Exception], *words: str) -> Any:
+    class Expected:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, got: Any, value: Any, trace: Any) -> bool:
+            assert got is not None and issubclass(got, kind), (kind, got)
+            assert all(word in str(value) for word in words), (words, str(value))
+            return True
+
+    return Expected()
+
+
+def test_settings_against_the_oracle() -> None:
+    for name in NAMES:
+        params = made(variables(shapes=SMALL_SHAPES))
+        opt, reference = (
+            build(CASES[name], params),
+            CASES[name].reference([p.numpy() for p in params]),
+        )
+        for step in range(STEPS):
+            g = gradients(step, shapes=SMALL_SHAPES)
+            opt.apply_gradients(zip(tensors(g), params, strict=True))
+            reference.step(g)
+        assert int(opt.iterations) == reference.iterations
+        assert_close([p.numpy() for p in params], reference)
+
+
+def test_bfloat16_trains() -> None:
+    w = keras.Variable(np.ones(3), dtype="bfloat16")
+    opt = Adam(0.1)
+    for _ in range(2):
+        opt.apply_gradients([(ops.ones(3, "bfloat16"), w)])
+    assert np.allclose(ops.convert_to_numpy(ops.cast(w, "float32")), 0.8, atol=0.01)
+
+
+def test_constraints() -> None:
+    w = keras.Variable(np.array([1.0, -2.0], np.float32))
+    w.constraint = keras.constraints.NonNeg()
+    Adam(0.1).apply_gradients([(ops.ones(2), w)])
+    assert np.allclose(w.numpy(), [0.9, 0.0])
+
+
+def test_overwrite_with_gradient() -> None:
+    """As Keras's own optimizer: the new value, or under accumulation the largest of n."""
+    for settings in ({}, {"gradient_accumulation_steps": 2}, {"use_ema": True}):
+        results = []
+        for kind in (Adam, keras.optimizers.Adam):
+            w, scale = made([np.ones(2, np.float32), np.ones(2, np.float32)])
+            scale.overwrite_with_gradient = True
+            opt, seen = kind(0.1, **settings), []
+            for value in ([5.0, 1.0], [2.0, 3.0], [4.0, 0.5]):
+                opt.apply([ops.ones(2), ops.convert_to_tensor(np.float32(value))], [w, scale])
+                seen += [w.numpy().copy(), scale.numpy().copy()]
+            results.append(seen)
+        assert np.allclose(results[0], results[1], atol=1e-6), (settings, results)
+
+
+def test_names_and_exclusion() -> None:
+    params = made([np.ones(2, np.float32)] * 2)
+    opt = Adam(0.1, weight_decay=0.5)
+    opt.exclude_from_weight_decay(var_names=["w1"])
+    opt.apply_gradients([(ops.zeros(2), p) for p in params])
+    assert [float(p.numpy()[0]) for p in params] == [np.float32(0.95), 1.0]
+    assert list(opt.named_variables())[2:4] == ["w0_momentum", "w0_velocity"]
+
+
+def test_assignments_between_steps_count() -> None:
+    w = keras.Variable(np.ones(2, np.float32))
+    opt = Adam(0.1)
+    opt.apply_gradients([(ops.ones(2), w)])
+    w.assign(ops.full((2,), 5.0))
+    opt.apply_gradients([(ops.ones(2), w)])
+    assert np.allclose(w.numpy(), 4.9)
+
+
+def test_missing_gradient() -> None:
+    params = made([np.ones(2, np.float32)] * 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Adam(0.1).apply([ops.ones(2), None], params)
+    assert "w1" in str(caught[-1].message)
+    assert params[0].numpy()[0] < 1.0 == params[1].numpy()[0]
+
+
+def test_state_moves_to_numpy_and_back() -> None:
+    case = CASES["amsgrad+gradient_accumulation_steps"]
+    start, steps = variables(shapes=SMALL_SHAPES), range(3, 7)
+    params, arrays = made(start), [v.copy() for v in start]
+    theirs, ours = build(case, params), build(case, arrays)
+    for step in range(3):
+        g = gradients(step, shapes=SMALL_SHAPES)
+        theirs.apply(tensors(g), params)
+    for array, p in zip(arrays, params, strict=True):
+        array[...] = p.numpy()
+    ours.build({p.path: a for p, a in zip(params, arrays, strict=True)})
+    ours.set_weights(theirs.get_weights())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(theirs)))
+    for step in steps:
+        g = gradients(step, shapes=SMALL_SHAPES)
+        twin.apply(tensors(g), params)
+        ours.apply(g, arrays)
+    for array, p in zip(arrays, params, strict=True):
+        assert np.allclose(array, p.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_keras_schedule_as_it_is() -> None:
+    w = keras.Variable(np.ones(1, np.float32))
+    opt = Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5))
+    for _ in range(2):
+        opt.apply_gradients([(ops.ones(1), w)])
+    assert np.allclose(w.numpy(), 1 - 0.1 - 0.05, atol=1e-6)
+
+
+def test_bad_input() -> None:
+    w = keras.Variable(np.ones((2, 3), np.float32), name="kernel")
+    with raises(ValueError, "kernel", "(2, 3)", "(3,)"):
+        Adam().apply_gradients([(ops.ones(3), w)])
+    with raises(TypeError, "kernel"):
+        Adam().apply_gradients([("no array", w)])
+    with raises(TypeError):
+        Adam().build([keras.Variable(np.ones(2), dtype="int32", trainable=False)])
+    with raises(TypeError, "keras", "numpy"):
+        Adam().build([w, np.ones(2)])
+    assert np.all(w.numpy() == 1.0)
+
+
+def test_minimize() -> None:
+    if BACKEND == "numpy":
+        with raises((TypeError, ImportError)):  # type: ignore[arg-type]
+            Adam().minimize(lambda: 1.0, [keras.Variable(1.0)])
+        return
+    w = keras.Variable(np.array([1.0, 2.0], np.float32))
+
+    def closure() -> Any:
+        return ops.sum(ops.square(w.value))
+
+    loss = (lambda x: ops.sum(ops.square(x))) if BACKEND == "jax" else closure
+    opt = Adam(0.1)
+    first = [ops.convert_to_numpy(g) for g in opt.get_gradients(loss, [w])]
+    assert np.allclose(first, [[2.0, 4.0]])
+    for _ in range(200):
+        opt.minimize(loss, [w])
+    assert np.all(abs(w.numpy()) < 1e-2)
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == BACKEND
+    for name, test in list(globals().items()):
+        if name.startswith("test_"):
+            test()
+            print(name)
