@@ -2,8 +2,9 @@
 
     python benchmarks/pair.py PEER SET MODE
 
-PEER is one of PEERS, SET one of sets.SETS, MODE is plain or full. Run by run.py, which sets the
-threads and Keras's backend for the process.
+PEER is one of PEERS and SET one of sets.SETS; or PEER is one of LOOPS and SET "MLP loop" or
+"transformer loop". MODE is plain or full. Run by run.py, which sets the threads and Keras's backend
+for the process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,22 @@ from omniadam.kernels import cpu
 from omniadam.rule import Pass, RuleKey
 
 Step = Callable[[], Any]
-OURS = {"plain": {}, "full": {"global_clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True}}
+OURS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "full": {"global_clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True},
+}
 SECONDS = 2.0
+
+
+@dataclass
+class Loop:
+    """A step that comes after something which is not timed."""
+
+    prepare: Callable[[], Any]
+    step: Step
+
+    def __call__(self) -> None:
+        self.step()
 
 
 def ours_numpy(w: list[Any], g: list[Any], mode: str) -> Step:
@@ -63,12 +81,12 @@ def ours_jax_stateless(w: list[Any], g: list[Any], mode: str) -> Step:
     opt.build(params)
     held = [params, opt.variables]
 
-    @jax.jit(donate_argnums=(0, 2))
-    def apply(state: Any, grads: Any, params: Any) -> Any:
+    @jax.jit(donate_argnums=(0, 1))
+    def apply(params: Any, state: Any, grads: Any) -> Any:
         return opt.stateless_apply(state, grads, params)
 
     def step() -> None:
-        held[0], held[1] = apply(held[1], grads, held[0])
+        held[:] = apply(*held, grads)
         jax.block_until_ready(held[0])
 
     return step
@@ -106,27 +124,83 @@ def plain_numpy(w: list[Any], g: list[Any], mode: str) -> Step:
     return step
 
 
+def torch_parameters(w: list[Any], g: list[Any]) -> list[Any]:
+    import torch
+
+    params = [torch.from_numpy(x).requires_grad_() for x in w]
+    for p, x in zip(params, g, strict=True):
+        p.grad = torch.from_numpy(x)
+    return params
+
+
+def torch_optim(params: list[Any], mode: str, kind: str) -> Step:
+    import torch
+
+    if mode == "plain":
+        return torch.optim.Adam(params, 1e-3, **{kind: True}).step
+    opt = torch.optim.AdamW(params, 1e-3, weight_decay=0.01, **{kind: True})
+    values = [p.detach() for p in params]
+    averages = [x.clone() for x in values]
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        torch._foreach_lerp_(averages, values, 0.01)
+
+    return step
+
+
+def torch_dropin(params: list[Any], mode: str) -> Step:
+    from omniadam.torch import AdamW
+
+    return AdamW(params, 1e-3, **{"weight_decay": 0.0, **OURS[mode]}).step
+
+
 def torch_step(kind: str) -> Callable[..., Step]:
-    def make(w: list[Any], g: list[Any], mode: str) -> Step:
-        import torch
+    return lambda w, g, mode: torch_optim(torch_parameters(w, g), mode, kind)
 
-        params = [torch.from_numpy(x).requires_grad_() for x in w]
-        for p, x in zip(params, g, strict=True):
-            p.grad = torch.from_numpy(x)
-        if mode == "plain":
-            return torch.optim.Adam(params, 1e-3, **{kind: True}).step
-        opt = torch.optim.AdamW(params, 1e-3, weight_decay=0.01, **{kind: True})
-        values = [p.detach() for p in params]
-        averages = [x.clone() for x in values]
 
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            opt.step()
-            torch._foreach_lerp_(averages, values, 0.01)
+def ours_torch_dropin(w: list[Any], g: list[Any], mode: str) -> Step:
+    return torch_dropin(torch_parameters(w, g), mode)
 
-        return step
+
+def torch_model(name: str) -> tuple[Any, Any]:
+    """A model and its input: the MLP of the sets, or two layers of a transformer."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    if name == "MLP":
+        widths = (784, 128, 64, 10)
+        layers = [x for a, b in pairwise(widths) for x in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers[:-1]), torch.randn(64, 784)
+    layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+    model = nn.Sequential(
+        nn.Embedding(1000, 128), nn.TransformerEncoder(layer, 2), nn.Linear(128, 1000)
+    )
+    return model, torch.randint(1000, (8, 64))
+
+
+def torch_loop(make_step: Callable[[list[Any], str], Step]) -> Callable[[str, str], Loop]:
+    """The step in a real loop, where torch's threads and caches have just been used."""
+
+    def make(name: str, mode: str) -> Loop:
+        model, x = torch_model(name)
+        params = list(model.parameters())
+
+        def prepare() -> None:
+            model.zero_grad()
+            model(x).square().mean().backward()
+
+        prepare()
+        return Loop(prepare, make_step(params, mode))
 
     return make
+
+
+def torch_apply(params: list[Any], mode: str) -> Step:
+    opt = omniadam.Adam(**OURS[mode])
+    return lambda: opt.apply_gradients([(p.grad, p) for p in params])
 
 
 def optax_step(w: list[Any], g: list[Any], mode: str) -> Step:
@@ -221,11 +295,21 @@ PEERS: dict[str, tuple[Callable[..., Step], Callable[..., Step]]] = {
     "plain NumPy": (ours_numpy, plain_numpy),
     "streaming": (ours_numpy, streaming),
     "PyTorch: torch fused": (ours_torch, torch_step("fused")),
+    "omniadam.torch: torch fused": (ours_torch_dropin, torch_step("fused")),
     "PyTorch: Keras on PyTorch": (ours_torch, keras_step),
     "JAX Refs: optax": (ours_jax, optax_step),
     "JAX stateless: optax": (ours_jax_stateless, optax_step),
     "JAX Refs: Keras on JAX": (ours_jax, keras_step),
     "TensorFlow: Keras on TensorFlow": (ours_tensorflow, keras_step),
+}
+
+LOOPS: dict[str, tuple[Callable[[str, str], Loop], Callable[[str, str], Loop]]] = {
+    f"{ours}: torch {theirs}": (
+        torch_loop(make),
+        torch_loop(partial(torch_optim, kind=theirs)),
+    )
+    for ours, make in (("PyTorch", torch_apply), ("omniadam.torch", torch_dropin))
+    for theirs in ("fused", "foreach")
 }
 
 
@@ -236,22 +320,28 @@ def timed(step: Step) -> float:
 
 
 def main(peer: str, name: str, mode: str) -> None:
-    shapes = SETS[name]()
-    make_ours, make_theirs = PEERS[peer]
-    steps = []
-    for make in (make_ours, make_theirs):
-        # Separate arrays: neither may find the other's in a cache.
-        steps.append(make(arrays(shapes, 0, 0.05), arrays(shapes, 1, 0.01), mode))
-    for _ in range(3):
-        for step in steps:
-            step()
+    steps: list[Step] = []
+    if name in SETS:
+        shapes = SETS[name]()
+        for make in PEERS[peer]:
+            # Separate arrays: neither may find the other's in a cache.
+            steps.append(make(arrays(shapes, 0, 0.05), arrays(shapes, 1, 0.01), mode))
+        elements = size(shapes)
+    else:
+        name = name.removesuffix(" loop")
+        steps += [make(name, mode) for make in LOOPS[peer]]
+        elements = 0
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + SECONDS
-    while len(times[0]) < 7 or (time.perf_counter() < end and len(times[0]) < 2000):
+    for i in range(2000):
+        if i >= 10 and time.perf_counter() > end:
+            break
         for step, taken in zip(steps, times, strict=True):
+            if isinstance(step, Loop):
+                step.prepare()
             taken.append(timed(step))
-    ours, theirs = (statistics.median(taken) for taken in times)
-    print(json.dumps({"ours": ours, "theirs": theirs, "n": size(shapes), "runs": len(times[0])}))
+    ours, theirs = (statistics.median(taken[3:]) for taken in times)
+    print(json.dumps({"ours": ours, "theirs": theirs, "n": elements, "runs": len(times[0])}))
 
 
 if __name__ == "__main__":
