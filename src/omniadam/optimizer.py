@@ -437,9 +437,12 @@ class Optimizer(_Base):
         """
         entry = self._entry(reference_variable)
         assert self._backend is not None
-        created = self._backend.zeros(entry, entry.slot_dtype)
-        if not (isinstance(initializer, str) and initializer == "zeros"):
-            self._assign(created, _initial(initializer, entry.shape, entry.slot_dtype))
+        dtype = entry.slot_dtype
+        if isinstance(initializer, str) and initializer == "zeros":
+            created = self._backend.zeros(entry, dtype)
+        else:
+            value = _initial(initializer, entry.shape, dtype)
+            created = self._backend.filled(entry, dtype, value)
         self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name or 'var'}", created)
         return created
 
@@ -556,7 +559,8 @@ class Optimizer(_Base):
                 any float type; or is None, or sparse (`IndexedSlices`).
 
         Returns:
-            The number of calls so far, including this one.
+            The number of calls so far, including this one; of JAX an array, which is not waited
+            for.
 
         Raises:
             TypeError: if something is no pair, no trainable variable or no gradient.
@@ -947,6 +951,9 @@ class Optimizer(_Base):
     ) -> tuple[list[Any], list[Any]]:
         """A step as a function: nothing that is passed in changes, nor does the optimizer.
 
+        In `jax.jit` with donation, let the function take variables and state in the order in which
+        it returns them: JAX pairs donated memory with results by order, and else copies it all.
+
         Args:
             optimizer_variables: values for `variables`, in that order.
             grads: one gradient a variable, as in `apply_gradients`.
@@ -984,8 +991,9 @@ class Optimizer(_Base):
         """Differentiate a loss and apply the gradients.
 
         Args:
-            loss: for NumPy a callable with one argument a variable, written with `autograd.numpy`,
-                that returns a real scalar.
+            loss: for NumPy and JAX a callable with one argument a variable, written with
+                `autograd.numpy` or `jax.numpy`, that returns a real scalar; elsewhere it may take
+                no argument.
             var_list: the variables; a list, a callable that returns one, or a single variable.
             grad_loss: what the gradient of the loss itself is taken to be, of its shape; ones if
                 None.

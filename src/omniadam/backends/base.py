@@ -92,6 +92,12 @@ class Backend(ABC):
     def zeros(self, entry: Entry, dtype: str) -> Any:
         """A slot like the variable, in its memory layout and where it is placed."""
 
+    def filled(self, entry: Entry, dtype: str, value: npt.NDArray[Any]) -> Any:
+        """A slot like the variable that begins with this value."""
+        slot = self.zeros(entry, dtype)
+        self.assign(slot, value)
+        return slot
+
     @abstractmethod
     def create(self, value: npt.NDArray[Any]) -> Any:
         """A state variable with this value, not tied to any variable of the model."""

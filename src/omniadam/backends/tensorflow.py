@@ -200,6 +200,10 @@ class TensorFlow(Functional):
         name = re.sub(r"[^A-Za-z0-9_./-]", "_", f"{entry.name}/slot").lstrip("_/-")
         return self._new(lambda: tf.zeros(entry.shape, dtype), dtype, entry.variable, name=name)
 
+    def filled(self, entry: Entry, dtype: str, value: npt.NDArray[Any]) -> Any:
+        # In a graph there may be no session yet, so that this must be what it is initialised with.
+        return self._new(lambda: tf.constant(value, dtype), dtype, entry.variable)
+
     def create(self, value: npt.NDArray[Any]) -> Any:
         return self._new(
             lambda: tf.constant(value),
@@ -260,13 +264,13 @@ class TensorFlow(Functional):
     def _assign_in_session(self, variable: Any, value: Any) -> None:
         value = np.asarray(value, variable.dtype.base_dtype.as_numpy_dtype)
         initializer = variable.initializer
-        _session().run(
+        _session(variable).run(
             initializer, {initializer.inputs[1]: np.broadcast_to(value, tuple(variable.shape))}
         )
 
     def numpy(self, variable: Any) -> npt.NDArray[Any]:
         with tf.init_scope():
-            value = variable.numpy() if tf.executing_eagerly() else _session().run(variable)
+            value = variable.numpy() if tf.executing_eagerly() else _session(variable).run(variable)
         return np.array(value, np.float32 if value.dtype == tf.bfloat16.as_numpy_dtype else None)
 
     def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -280,7 +284,9 @@ class TensorFlow(Functional):
             value = self.read(value)
         if not _is_tensor(value):
             return options.rate("learning_rate", value)
-        if tuple(value.shape) not in ((), (1,)) or not _is_real(value.dtype):
+        # Of an unknown shape, as of a tf.py_function, the reshape below is the check.
+        is_scalar = any(value.shape.is_compatible_with(shape) for shape in ((), (1,)))
+        if not is_scalar or not _is_real(value.dtype):
             raise ValueError(
                 f"`learning_rate` must be a real scalar. Received shape {value.shape} and dtype "
                 f"{value.dtype.name}."
@@ -329,6 +335,8 @@ class TensorFlow(Functional):
         if self._strategy is not None:
             context = tf.distribute.get_replica_context()
             if context is not None:
+                # Of its own on each replica, or TensorFlow does not know that it is to be summed.
+                gradients = [tf.identity(g) for g in gradients]
                 return list(context.all_reduce(tf.distribute.ReduceOp.SUM, gradients))
         elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
@@ -742,12 +750,12 @@ def _in_graph_of_1() -> bool:
     return not tf.executing_eagerly() and not tf.inside_function()
 
 
-def _session() -> Any:
+def _session(variable: Any) -> Any:
     session = tf.compat.v1.get_default_session()
-    if session is None:
+    if session is None or session.graph is not variable.graph:
         raise RuntimeError(
             "In a graph the values of variables are in a session. Do this inside `with "
-            "session.as_default():`."
+            "session.as_default():`, of a session of the variable's graph."
         )
     return session
 
