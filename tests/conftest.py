@@ -13,17 +13,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
 
-# Work in progress, not part of the suite yet (TensorFlow's own tests, the older generations, the
-# torch.optim drop-in): some of their tests fail.
-collect_ignore = [
-    "test_tensorflow.py",
-    "test_contrib_keras.py",
-    "test_optimizer_v2.py",
-    "test_migrate.py",
-    "test_torch_optim.py",
-]
-
-LIBRARIES = ("autograd", "h5py", "jax", "keras", "optax", "tensorflow", "tf_keras", "torch")
+LIBRARIES = (
+    "accelerate",
+    "autograd",
+    "h5py",
+    "jax",
+    "keras",
+    "lightning",
+    "optax",
+    "sklearn",
+    "tensorflow",
+    "tf_keras",
+    "torch",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
