@@ -1,0 +1,432 @@
+"""Adam and AdamW as Keras optimizers: change the import, keep everything else.
+
+Nothing is computed here. State, settings, files and the learning rate are Keras's own, by
+inheritance; `apply` hands the variables and their slots, as they are, to an `omniadam.Adam`, which
+makes the step in one sweep.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import is_
+from typing import Any, Self
+
+import keras
+
+from . import adam, options, schedules
+from .backends.base import Entry, Selection
+from .backends.keras import KerasVariables, native
+
+# Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
+_IN_PLACE = keras.backend.backend() in ("numpy", "torch")
+# What Keras calls in a step. A subclass that overrides any of it gets Keras's step.
+_OVERRIDABLE = (
+    "update_step",
+    "_apply_weight_decay",
+    "_backend_apply_gradients",
+    "_backend_increment_gradient_accumulators",
+    "_backend_reset_gradient_accumulators",
+    "_backend_update_step",
+    "_clip_by_norm",
+    "_clip_gradients",
+    "_filter_empty_gradients",
+    "_overwrite_variables_directly_with_gradients",
+    "_update_model_variables_moving_average",
+)
+
+
+@keras.saving.register_keras_serializable("omniadam")
+class Adam(keras.optimizers.Adam):  # type: ignore[misc]
+    """`keras.optimizers.Adam` with the same arguments, state and files, in one pass.
+
+    It is a `keras.optimizers.Adam` for `isinstance`, on Keras's TensorFlow, JAX, PyTorch and NumPy
+    backends. docs/keras.md says what differs.
+
+    Args:
+        learning_rate: a number >= 0, a schedule of Keras or of `omniadam.schedules`, or a callable
+            without arguments.
+        *arguments, **settings: `beta_1`, `beta_2`, `epsilon`, `amsgrad`, `weight_decay`,
+            `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
+            `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps` and
+            `name`, as in `keras.optimizers.Adam` and checked as in `omniadam.Adam`.
+
+    Raises:
+        ValueError: if a setting is out of its range, or more than one clip is set.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> import omniadam.keras
+        >>> w = keras.Variable(np.array([1.0, -2.0], np.float32))
+        >>> opt = omniadam.keras.Adam(learning_rate=0.1)
+        >>> for _ in range(3):
+        ...     opt.apply([2 * w.value], [w])
+        >>> isinstance(opt, keras.optimizers.Adam), w.numpy().astype(float).round(3).tolist()
+        (True, [0.702, -1.701])
+
+    Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
+    """
+
+    def __init__(self, learning_rate: Any = 0.001, *arguments: Any, **settings: Any) -> None:
+        super().__init__(_rate(learning_rate), *arguments, **settings)
+        # Hidden from what Keras and TensorFlow track: it has no state of its own.
+        object.__setattr__(self, "_engine", _Engine(self))
+        kind = type(self)
+        own = all(getattr(kind, name, None) is getattr(Adam, name, None) for name in _OVERRIDABLE)
+        self._is_fused = own
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Create the state for these variables; the first step does it otherwise.
+
+        Args:
+            var_list: list of variables.
+
+        Raises:
+            TypeError, ValueError: if a variable cannot be trained, or shares memory with another.
+        """
+        if self.built:
+            return
+        entries = self._engine.described(list(var_list))
+        super().build(list(var_list))
+        self._engine.adopt(*entries)
+
+    def add_variable(
+        self,
+        shape: Sequence[int],
+        initializer: Any = "zeros",
+        dtype: Any = None,
+        *arguments: Any,
+        **settings: Any,
+    ) -> Any:
+        """Add a state variable: as in Keras, but float32 instead of float16 or bfloat16.
+
+        Args:
+            shape: tuple of integers.
+            initializer: initializer, or the name of one.
+            dtype: its type; Keras's `floatx` if None.
+            *arguments: the others by position, as in Keras.
+            **settings: the others by name.
+
+        Returns:
+            The variable.
+        """
+        if keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16"):
+            dtype = "float32"  # as the arithmetic is
+        return super().add_variable(shape, initializer, dtype, *arguments, **settings)
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Update variables by a list of gradients, one a variable.
+
+        Args:
+            grads: tensors of the variables' shapes, or None, or sparse. If the list is empty,
+                nothing is done.
+            trainable_variables: the variables; all that the optimizer was built with if None.
+
+        Raises:
+            TypeError, ValueError: if a gradient does not fit its variable, there is none at all,
+                or a variable is unknown. Nothing has been updated then.
+        """
+        if not self._is_fused:
+            super().apply(grads, trainable_variables)
+            return
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            self.build(trainable_variables)
+        elif self.built:
+            trainable_variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "`apply(grads)` without variables needs a built optimizer. Call "
+                "build(variables) first, or pass the variables."
+            )
+        self._engine.step(grads, trainable_variables)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """The Adam update of one variable: nothing is clipped, decayed, averaged or counted.
+
+        Args:
+            gradient: of the variable's shape.
+            variable: one of those the optimizer was built with.
+            learning_rate: a number.
+        """
+        self._engine.update_one(gradient, variable, native(learning_rate))
+
+    def stateless_apply(
+        self,
+        optimizer_variables: Sequence[Any],
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any],
+    ) -> tuple[list[Any], list[Any]]:
+        """A step as a function: nothing that is passed in changes, nor does the optimizer.
+
+        Args:
+            optimizer_variables: values for `variables`, in that order.
+            grads: one gradient a variable.
+            trainable_variables: values for the variables the optimizer was built with.
+
+        Returns:
+            The new `(trainable_variables, optimizer_variables)`.
+
+        Raises:
+            ValueError: if the optimizer is not built, or a list has the wrong length; and always
+                on TensorFlow, as in Keras.
+        """
+        if _IN_PLACE:
+            optimizer_variables = list(map(keras.ops.copy, optimizer_variables))
+            trainable_variables = list(map(keras.ops.copy, trainable_variables))
+        new: tuple[list[Any], list[Any]]
+        new = super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        return new
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Overwrite variables by their moving averages, at the end of training.
+
+        Args:
+            var_list: variables that the optimizer was built with. Without `use_ema` nothing is
+                done.
+
+        Raises:
+            ValueError: if a variable is unknown, or no step has been made.
+        """
+        if self.use_ema:
+            self._engine.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Exclude variables from weight decay; must be called before the optimizer is built.
+
+        Args:
+            var_list: variables to exclude.
+            var_names: strings; a variable is excluded if any of them, as a regular expression,
+                is found in its path.
+
+        Raises:
+            ValueError: if the optimizer is built, or a string is no regular expression.
+        """
+        self._engine.exclude_from_weight_decay(var_list, var_names)
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        return bool(self._engine._entry(variable).decayed)
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings, as in Keras, and what is excluded from weight decay, if anything is.
+
+        Returns:
+            A dictionary; `from_config` makes the same optimizer of it, without its state.
+        """
+        config: dict[str, Any] = super().get_config()
+        config.update(self._engine.exclusion())
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """An optimizer with the settings of `get_config()`, of this class or of Keras's.
+
+        Args:
+            config: a dictionary; it is not changed.
+            custom_objects: classes by name, where they are the user's own.
+
+        Returns:
+            An optimizer that is not built.
+        """
+        config = dict(config)
+        excluded = config.pop("exclude_from_weight_decay", None)
+        optimizer: Self = super().from_config(config, custom_objects)
+        if excluded:
+            optimizer._engine.exclude(excluded)
+        return optimizer
+
+
+@keras.saving.register_keras_serializable("omniadam")
+class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
+    """`keras.optimizers.AdamW`: `Adam` with `weight_decay=0.004` if not given.
+
+    The arguments and their order are those of `keras.optimizers.AdamW`, in which `weight_decay`
+    comes second.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> import omniadam.keras
+        >>> w = keras.Variable(np.ones(1, np.float32))
+        >>> opt = omniadam.keras.AdamW(0.1, 0.5)
+        >>> opt.apply([np.zeros(1, np.float32)], [w])
+        >>> round(float(w.numpy()[0]), 6)
+        0.95
+
+    Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+
+    def __init__(self, learning_rate: Any = 0.001, *arguments: Any, **settings: Any) -> None:
+        super().__init__(learning_rate, *arguments, **settings)
+
+
+# What help() and editors show.
+for _ours, _theirs in ((Adam, keras.optimizers.Adam), (AdamW, keras.optimizers.AdamW)):
+    vars(_ours.__init__)["__signature__"] = inspect.signature(_theirs.__init__)
+
+
+class _Engine(adam.Adam):
+    """`omniadam.Adam` with the settings and on the state of a Keras optimizer."""
+
+    # What is read from the Keras optimizer at each step: there it is a plain attribute.
+    _read_names = tuple(name for name in adam.Adam._option_names if name != "name")
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._seen: list[Any] = [getattr(owner, name) for name in self._read_names]
+        super().__init__(
+            lambda: native(owner._get_current_learning_rate()),
+            **dict(zip(self._read_names, self._seen, strict=True)),
+        )
+
+    def _reread(self) -> None:
+        now = list(map(getattr, repeat(self._owner), self._read_names))
+        if not all(map(is_, now, self._seen)):
+            changed = [
+                i for i, (a, b) in enumerate(zip(now, self._seen, strict=True)) if a is not b
+            ]
+            # One clip may take another's place: what is None now goes first.
+            for i in sorted(changed, key=lambda i: now[i] is not None):
+                setattr(self, self._read_names[i], now[i])
+            self._seen = now
+
+    # --- building ---
+
+    def described(self, variables: list[Any]) -> tuple[Any, list[Entry]]:
+        """Entries for variables that may be built on; nothing is changed yet."""
+        if not variables:
+            raise ValueError("An optimizer needs at least one variable. Received: none.")
+        backend = KerasVariables.over(variables)
+        entries = [backend.describe(variable, _path(variable)) for variable in variables]
+        backend.check_distinct(entries)
+        return backend, entries
+
+    def adopt(self, backend: Any, entries: list[Entry]) -> None:
+        """Take over the state that Keras has created for these variables."""
+        self._reread()
+        self._backend, self._entries = backend, tuple(entries)
+        count = self._owner._iterations
+        self._iteration = count if backend.holder is None else backend.holder(count)
+        excluded = set(map(id, self._excluded_variables))
+        for entry in entries:
+            entry.decayed = not (
+                id(entry.key) in excluded
+                or entry.name in self._excluded_exact
+                or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
+            )
+        self._locate()
+        self.built = True
+
+    def _locate(self) -> None:
+        """Note where the values of variables and slots are."""
+        owner, backend = self._owner, self._backend
+        assert isinstance(backend, KerasVariables)
+        slots = [owner._momentums, owner._velocities]
+        if owner.amsgrad:
+            slots.append(owner._velocity_hats)
+        for i, entry in enumerate(self._entries):
+            entry.variable = backend._taken(entry.key)
+            if not entry.replaced:
+                entry.slots = tuple(backend._taken(each[i]) for each in slots)
+                if owner.use_ema:
+                    entry.average = backend._taken(owner._model_variables_moving_average[i])
+            if owner.gradient_accumulation_steps:
+                entry.accumulator = backend._taken(owner._accumulated_gradients[i])
+
+    def _get_variable_index(self, variable: Any) -> int:
+        self._owner._check_variables_are_known([variable])
+        index: int = self._owner._get_variable_index(variable)
+        return index
+
+    # --- a step ---
+
+    def step(self, grads: list[Any], variables: list[Any]) -> None:
+        """A step of the Keras optimizer."""
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"There must be one gradient a variable. Received {len(grads)} gradients for "
+                f"{len(variables)} variables."
+            )
+        self._reread()
+        self._apply(grads, variables)
+
+    def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
+        backend = self._backend
+        assert backend is not None
+        entries = [self._entry(variable) for variable in variables]
+        if len(set(map(id, entries))) != len(entries):
+            raise ValueError("A variable is given twice in one step.")
+        if _IN_PLACE:
+            self._relocate()
+        present, gradients = self._present(backend, entries, grads, depth=6)
+        selection = self._selection(present)
+        # On NumPy assigning to a Keras variable gives it another array, and to a slot as well.
+        self._recent = None if keras.backend.backend() == "numpy" else selection
+        if any(entry.replaced for entry in present):
+            self._recent = None
+            selection, gradients = self._replace(present, gradients)
+        return selection, backend.gather(selection, gradients)
+
+    def _relocate(self) -> None:
+        """Find values where they are now: assigned anew on NumPy, or given by a StatelessScope."""
+        assert self._backend is not None
+        self._locate()
+        self._backend.check_built(self._entries)
+
+    def update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Keras's `update_step`."""
+        self._reread()
+        if _IN_PLACE:
+            self._relocate()
+        self._update_one(gradient, variable, learning_rate)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """As in `Optimizer`."""
+        if _IN_PLACE:
+            self._relocate()
+        super().finalize_variable_values(var_list)
+
+    # --- weight decay ---
+
+    def exclude(self, excluded: Mapping[str, Sequence[str]]) -> None:
+        """Exclude what `exclusion` returned."""
+        self.exclude_from_weight_decay(var_names=excluded["var_names"])
+        self._excluded_exact = tuple(excluded["variables"])
+
+    def exclusion(self) -> dict[str, Any]:
+        """What is excluded from weight decay, as part of a config."""
+        exact = [*self._excluded_exact, *map(_path, self._excluded_variables)]
+        if not exact and not self._excluded_names:
+            return {}
+        names = list(self._excluded_names)
+        return {"exclude_from_weight_decay": {"var_names": names, "variables": exact}}
+
+
+def _path(variable: Any) -> str:
+    return str(getattr(variable, "path", None) or variable.name)
+
+
+def _rate(value: Any) -> Any:
+    """A learning rate in a form that Keras takes."""
+    if isinstance(value, schedules.LearningRateSchedule):
+        kind: Any = getattr(keras.optimizers.schedules, type(value).__name__, None)
+        if kind is None:
+            raise TypeError(
+                "A schedule of your own must be a keras.optimizers.schedules.LearningRateSchedule, "
+                f"which Keras can save. Received: {value!r}."
+            )
+        return kind.from_config(value.get_config())
+    return value if callable(value) else options.rate("learning_rate", value)
+
+
+# AutoGraph, which rewrites what a tf.function calls, leaves alone what has this attribute.
+for _method in (each for each in vars(Adam).values() if inspect.isfunction(each)):
+    vars(_method)["autograph_info__"] = {}
