@@ -630,6 +630,32 @@ def test_small_work_wakes_no_helper(
     assert woken == [int(threads) - 1] * wakes
 
 
+def test_without_another_thread(parallel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = digest(train(FULL))
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(cpu, "_helpers", cpu._Helpers())
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert digest(train(FULL)) == want
+
+
+def test_an_interrupt_leaves_no_chunk_undone(
+    parallel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, want = np.ones(LONG, np.float32), np.ones(LONG, np.float32)
+    Adam().apply_gradients([(want.copy(), want)])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu._Helpers, "wake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Adam().apply_gradients([(w.copy(), w)])
+    np.testing.assert_array_equal(w, want)
+
+
 def test_step_waits_for_the_helper_that_is_in_its_last_chunk() -> None:
     job = array("q", [0] * cpu._WORDS)
     job[cpu._COUNT] = 5

@@ -15,6 +15,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from itertools import pairwise
 from queue import SimpleQueue
@@ -366,10 +367,12 @@ class _Helpers:
         self._running = 0
 
     def wake(self, count: int, kernel: jit.Kernel, job: array[int]) -> None:
-        while self._running < count:
-            self._running += 1
-            threading.Thread(target=self._serve, name="omniadam", daemon=True).start()
-        for _ in range(count):
+        # None can be started while the interpreter exits; the caller does the work alone then.
+        with suppress(RuntimeError):
+            while self._running < count:
+                threading.Thread(target=self._serve, name="omniadam", daemon=True).start()
+                self._running += 1
+        for _ in range(min(count, self._running)):
             self._queue.put((kernel, job))
 
     def _serve(self) -> None:
@@ -423,13 +426,16 @@ def _default_threads(openmp: str) -> int:
 
 def _run(kernel: jit.Kernel, job: array[int], elements: int, threads: Callable[[], int]) -> None:
     """Take every chunk of a job through a kernel, and return when all are done."""
-    if elements >= PARALLEL and (helpers := min(threads(), job[_COUNT]) - 1) > 0:
-        _helpers.wake(helpers, kernel, job)
     address, _ = job.buffer_info()
-    kernel(address + 8 * _RESULT, 0, address)
-    while job[_RESULT] < job[_COUNT]:  # a helper is in the middle of its last chunk
-        time.sleep(0)
+    helpers = min(threads(), job[_COUNT]) - 1 if elements >= PARALLEL else 0
+    try:
+        if helpers > 0:
+            _helpers.wake(helpers, kernel, job)
         kernel(address + 8 * _RESULT, 0, address)
+    finally:  # even after Ctrl-C: helpers must not outlive the memory that they work on
+        while job[_RESULT] < job[_COUNT]:  # a helper is in the middle of its last chunk
+            time.sleep(0)
+            kernel(address + 8 * _RESULT, 0, address)
 
 
 class SparseRows(NamedTuple):
