@@ -174,6 +174,19 @@ def test_every_dtype(name: str, dtype: str, place: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["defaults", "amsgrad", "global_clipnorm", EVERYTHING])
+def test_a_hundred_steps(name: str, place: str) -> None:
+    """Longer than the table: what goes wrong a little at each step has time to show."""
+    values = variables(shapes=SMALL_SHAPES)
+    params = parameters(values)
+    opt, reference = build(CASES[name], params), CASES[name].reference(values)
+    for step in range(100):
+        grads = cached_gradients(step, SMALL_SHAPES)
+        opt.apply(list(map(tensor, grads)), params)
+        reference.step(grads)
+    check(opt, params, reference)
+
+
 def test_half_precision_is_rounded_once(place: str) -> None:
     """Decay and update are 3/8 of a spacing each: alone either would be rounded away."""
     w = torch.ones(5, dtype=torch.bfloat16)
@@ -1363,6 +1376,21 @@ def test_finalize_and_learning_rates(place: str) -> None:
     opt.build([torch.ones(3)])
     opt.learning_rate = torch.tensor(0.2)
     assert opt.learning_rate == pytest.approx(0.2)
+
+
+@pytest.mark.needs("keras")
+def test_a_schedule_of_keras(place: str) -> None:
+    import keras
+
+    ends = []
+    for module in (schedules, keras.optimizers.schedules):
+        w = torch.ones(3)
+        opt = Adam(module.CosineDecay(0.1, 4, warmup_target=0.3, warmup_steps=2))
+        for _ in range(6):
+            opt.apply([torch.ones(3)], [w])
+        ends.append(w)
+    assert ends[0][0] < 0.5
+    torch.testing.assert_close(*ends)
 
 
 SCHEDULES = [

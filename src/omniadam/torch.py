@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 
 from . import options
 from .adam import _ADAM, _AMSGRAD
@@ -107,6 +108,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _absent: Sequence[bool] = ()
     _buckets: Sequence[_Bucket] = ()
     _meshes: Sequence[_Mesh] = ()
+    _are_flat = False
 
     def __init__(
         self,
@@ -182,12 +184,31 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             TypeError, ValueError: if a parameter cannot be trained, or its gradient does not fit.
                 Nothing has been changed then.
         """
+        if self._is_observed():
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._closed_step(closure)
+
+    # torch would wrap `step` in what calls hooks and names it to profilers, which takes about as
+    # long as all else around a small step: it is left out where nobody looks.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if type(self).step is not Adam.step:  # then torch has wrapped that one
+            return False
+        is_compiling = torch.compiler.is_compiling()  # and could not ask for profilers
+        return bool(hooks or own) or not (is_compiling or not torch.autograd._profiler_enabled())
+
+    def _closed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._step()
         return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_closed_step)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
@@ -222,7 +243,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         gradients = [p.grad for p in params]
         absent = [g is None for g in gradients]
         if sizes != self._sizes or not all(map(is_, params, self._params)):
-            self._sizes, self._params, self._meshes = sizes, params, _meshes(params)
+            self._sizes, self._params = sizes, params
+            self._meshes, self._are_flat = _meshes(params), any(map(_is_flat, params))
             self._buckets, self._absent = _buckets(params, sizes), ()
         if absent != self._absent:
             self._absent = absent
@@ -244,7 +266,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         return work
 
     def _forget(self) -> None:
-        for name in ("_params", "_sizes", "_absent", "_buckets", "_meshes"):
+        for name in ("_params", "_sizes", "_absent", "_buckets", "_meshes", "_are_flat"):
             self.__dict__.pop(name, None)
 
     def _is_initialisation(self) -> bool:
@@ -271,7 +293,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         is_global = any(group.get("global_clipnorm") is not None for group in groups)
         if not is_global and all(group.get("clipnorm") is None for group in groups):
             return {}
-        _check_whole(self._params)
+        if self._are_flat:
+            raise RuntimeError(
+                "`clipnorm` and `global_clipnorm` need whole gradients, or DTensors as those of "
+                "fully_shard. FullyShardedDataParallel keeps parts of them in ordinary tensors: "
+                "call its clip_grad_norm_() before the step instead."
+            )
         sums = {b: b.square_sums(gradients) for b, gradients in work if not b.is_absent}
         for mesh in self._meshes:
             mesh.add_up(sums)
@@ -512,7 +539,7 @@ class _Bucket:
             if not self.is_absent or state.get(p):
                 entry = _entry(p, names[id(p)], state, group)
                 backend = type(Torch.over([entry.variable]))
-                key = backend, entry.slot_dtype, state[p]["step"].item()
+                key = backend, entry.slot_dtype, state[p]["step"].numpy().item()
             indices, entries = parts.setdefault(key, ([], []))
             indices.append(k)
             entries += [] if entry is None else [entry]
@@ -906,12 +933,6 @@ def _meshes(params: Sequence[Tensor]) -> list[_Mesh]:
     return list(meshes.values())
 
 
-def _check_whole(params: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if norms cannot be known: FSDP1 has shards that do not say so."""
-    for p in params:
-        if hasattr(p, "_fsdp_flattened") or type(p).__name__ == "FlatParameter":
-            raise RuntimeError(
-                "`clipnorm` and `global_clipnorm` need whole gradients, or DTensors as those of "
-                "fully_shard. FullyShardedDataParallel keeps parts of them in ordinary tensors: "
-                "call its clip_grad_norm_() before the step instead."
-            )
+def _is_flat(p: Tensor) -> bool:
+    """Whether it is a shard of FSDP1, an ordinary tensor that does not say what it is part of."""
+    return hasattr(p, "_fsdp_flattened") or type(p).__name__ == "FlatParameter"
