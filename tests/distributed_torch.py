@@ -98,6 +98,36 @@ def fsdp(rank: int, mesh: Any) -> None:
     assert_near(*ends)
 
 
+def fsdp_of_flat_shards(rank: int, mesh: Any) -> None:
+    """The older FullyShardedDataParallel: steps, but norms over its shards are refused."""
+    import warnings
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from omniadam.torch import AdamW
+
+    warnings.simplefilter("ignore")  # it is deprecated
+    for original in (False, True):
+        ends = []
+        for optimizer in (AdamW, torch.optim.AdamW):
+            module = FullyShardedDataParallel(
+                model(), device_id=torch.device("cpu"), use_orig_params=original
+            )
+            opt = optimizer(module.parameters(), lr=0.05)
+            train(module, opt, batches(3), mine(rank))
+            ends.append(list(module.parameters()))
+        assert_near(*ends)
+        opt = AdamW(module.parameters(), clipnorm=1.0)
+        before = [p.detach().clone() for p in module.parameters()]
+        try:
+            train(module, opt, batches(1), mine(rank))
+        except RuntimeError as error:
+            assert "clip_grad_norm_" in str(error)
+        else:
+            raise AssertionError("not refused")
+        assert_equal(module.parameters(), before)
+
+
 def fsdp_one_process(rank: int, mesh: Any) -> None:
     """To the bit, where the ranks' gradients average exactly: each has the whole batch."""
     from omniadam.torch import AdamW
@@ -268,6 +298,7 @@ def tensor_parallel(rank: int, mesh: Any) -> None:
 CHECKS: list[Callable[[int, Any], None]] = [
     ddp,
     fsdp,
+    fsdp_of_flat_shards,
     fsdp_one_process,
     clipping,
     checkpoint,
