@@ -2,9 +2,9 @@
 
     python benchmarks/pair.py PEER SET MODE
 
-PEER is one of PEERS and SET one of sets.SETS; or PEER is one of LOOPS and SET "MLP loop" or
-"transformer loop". MODE is plain or full. Run by run.py, which sets the threads and Keras's backend
-for the process.
+PEER is one of PEERS and SET one of sets.SETS; or PEER is one of LOOPS and SET "MLP loop",
+"transformer loop" or "MLP fit". MODE is plain or full. Run by run.py, which sets the threads and
+Keras's backend for the process.
 """
 
 from __future__ import annotations
@@ -203,20 +203,26 @@ def torch_apply(params: list[Any], mode: str) -> Step:
     return lambda: opt.apply_gradients([(p.grad, p) for p in params])
 
 
-def optax_step(w: list[Any], g: list[Any], mode: str) -> Step:
+def chained(adam: Any, adamw: Any, mode: str) -> Any:
+    import optax
+
+    if mode == "plain":
+        return adam(1e-3)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw(1e-3, weight_decay=0.01))
+
+
+def optax_loop(transformation: Any, w: list[Any], g: list[Any], mode: str) -> Step:
     import jax
     import jax.numpy as jnp
     import optax
 
-    adam = optax.adam(1e-3)
-    if mode == "full":
-        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.01))
     params, grads = [jnp.asarray(x) for x in w], [jnp.asarray(x) for x in g]
-    held = [params, adam.init(params), [x + 0 for x in params] if mode == "full" else []]
+    averages = [x + 0 for x in params] if mode == "full" else []
+    held = [params, transformation.init(params), averages]
 
     @jax.jit(donate_argnums=(0, 1, 2))
     def apply(params: Any, state: Any, averages: Any, grads: Any) -> Any:
-        updates, state = adam.update(grads, state, params)
+        updates, state = transformation.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         averages = [0.99 * a + 0.01 * p for a, p in zip(averages, params, strict=False)]
         return params, state, averages
@@ -228,11 +234,50 @@ def optax_step(w: list[Any], g: list[Any], mode: str) -> Step:
     return step
 
 
-def keras_step(w: list[Any], g: list[Any], mode: str) -> Step:
+def optax_step(w: list[Any], g: list[Any], mode: str) -> Step:
+    import optax
+
+    return optax_loop(chained(optax.adam, optax.adamw, mode), w, g, mode)
+
+
+def ours_optax(w: list[Any], g: list[Any], mode: str) -> Step:
+    import omniadam.optax as ours
+
+    return optax_loop(chained(ours.adam, ours.adamw, mode), w, g, mode)
+
+
+def keras_optimizer(is_ours: bool, mode: str) -> Any:
+    import keras
+
+    if not is_ours:
+        return keras.optimizers.Adam(**OURS[mode])
+    from omniadam.keras import Adam
+
+    return Adam(**OURS[mode])
+
+
+def fit(is_ours: bool) -> Callable[[str, str], Loop]:
+    """An epoch of 32 batches of 64, with everything that Keras does around a step."""
+
+    def make(name: str, mode: str) -> Loop:
+        import keras
+
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(n, activation="relu") for n in (128, 64)]
+        model = keras.Sequential([keras.Input((784,)), *layers, keras.layers.Dense(10)])
+        model.compile(optimizer=keras_optimizer(is_ours, mode), loss="mse")
+        rng = np.random.default_rng(0)
+        x, y = (rng.standard_normal((2048, n), dtype=np.float32) for n in (784, 10))
+        return Loop(lambda: None, lambda: model.fit(x, y, batch_size=64, verbose=0))
+
+    return make
+
+
+def keras_step(w: list[Any], g: list[Any], mode: str, is_ours: bool = False) -> Step:
     import keras
 
     variables = [keras.Variable(x) for x in w]
-    opt = keras.optimizers.Adam(**OURS[mode])
+    opt = keras_optimizer(is_ours, mode)
     opt.build(variables)
     backend = keras.backend.backend()
     grads = [keras.ops.convert_to_tensor(x) for x in g]
@@ -301,9 +346,16 @@ PEERS: dict[str, tuple[Callable[..., Step], Callable[..., Step]]] = {
     "JAX stateless: optax": (ours_jax_stateless, optax_step),
     "JAX Refs: Keras on JAX": (ours_jax, keras_step),
     "TensorFlow: Keras on TensorFlow": (ours_tensorflow, keras_step),
+    "omniadam.optax: optax": (ours_optax, optax_step),
 }
+KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on PyTorch")
+for keras_peer in KERAS:
+    PEERS[f"omniadam.keras: {keras_peer}"] = partial(keras_step, is_ours=True), keras_step
 
 LOOPS: dict[str, tuple[Callable[[str, str], Loop], Callable[[str, str], Loop]]] = {
+    f"omniadam.keras: {peer}": (fit(True), fit(False)) for peer in KERAS
+}
+LOOPS |= {
     f"{ours}: torch {theirs}": (
         torch_loop(make),
         torch_loop(partial(torch_optim, kind=theirs)),
@@ -328,7 +380,7 @@ def main(peer: str, name: str, mode: str) -> None:
             steps.append(make(arrays(shapes, 0, 0.05), arrays(shapes, 1, 0.01), mode))
         elements = size(shapes)
     else:
-        name = name.removesuffix(" loop")
+        name = name.removesuffix(" loop").removesuffix(" fit")
         steps += [make(name, mode) for make in LOOPS[peer]]
         elements = 0
     times: list[list[float]] = [[], []]

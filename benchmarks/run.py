@@ -34,6 +34,8 @@ LIBRARY_PEERS = [
     "JAX stateless: optax",
     "JAX Refs: Keras on JAX",
     "TensorFlow: Keras on TensorFlow",
+    "omniadam.optax: optax",
+    *(f"omniadam.keras: {peer}" for peer in KERAS),
 ]
 LOOP_PEERS = [
     f"{ours}: torch {theirs}"
@@ -218,6 +220,8 @@ def main() -> None:
             "MLP with batches of 64; 2 layers of a transformer of width 128, 8 sequences of 64):"
         ],
         table(LOOP_PEERS, ["MLP loop", "transformer loop"]),
+        ["Whole epochs of `model.fit`, the MLP with 32 batches of 64:"],
+        table([f"omniadam.keras: {peer}" for peer in KERAS], ["MLP fit"]),
         ["Memory traffic, where memory is the limit:"],
         bandwidth(sets[1:] or sets),
         small(),
