@@ -756,6 +756,48 @@ def test_grad_scaler(fused: bool | None) -> None:
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"clipnorm": 0.5}, {"clipvalue": 0.1}, {"global_clipnorm": 0.5}]
+)
+def test_gradients_are_unscaled_before_they_are_clipped(settings: Any) -> None:
+    ends = []
+    for scale in (None, 1024.0):
+        params = weights((3,), (2, 2))
+        opt = Adam(params, lr=0.1, eps=1.0, fused=True, **settings)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for _ in range(3):
+            opt.zero_grad()
+            scaler.scale(sum((p * p).sum() for p in params)).backward()
+            scaler.step(opt)
+            scaler.update()
+        ends.append(params)
+    assert_same(*ends)
+    unclipped = weights((3,), (2, 2))
+    run(unclipped, Adam(unclipped, lr=0.1, eps=1.0), range(3))
+    assert not torch.equal(unclipped[0], ends[0][0])
+
+
+def test_a_step_inside_the_backward_pass() -> None:
+    """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed."""
+    ends = []
+    for module in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        opts = {p: module([p], lr=0.05) for p in model.parameters()}
+
+        def stepped(p: Any, opts: Any = opts) -> None:
+            opts[p].step()
+            opts[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(stepped)
+        for i in range(4):
+            model(torch.full((2, 3), float(i))).square().mean().backward()
+        assert all(p.grad is None and o.state[p]["step"] == 4 for p, o in opts.items())
+        ends.append(list(model.parameters()))
+    assert_near(*ends)
+
+
 def test_zero_grad() -> None:
     params = weights((3,), (2, 2))
     opt = Adam(params, fused=True)
@@ -882,6 +924,24 @@ def test_a_compiled_training_step(closed: bool) -> None:
     torch._dynamo.reset()
     assert_near(ends[0][1], ends[1][1])
     assert_near(ends[0][0], ends[1][0])
+
+
+def test_nothing_of_a_step_is_compiled() -> None:
+    """Not even of a first one: it would be for nothing, and compiled anew when rates change."""
+    graphs: list[Any] = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    params = weights()
+    opt = AdamW(params, global_clipnorm=1.0)
+    give(params, 0)
+    step = torch.compile(lambda: opt.step(), backend=noted)
+    step()
+    step()
+    torch._dynamo.reset()
+    assert not graphs and opt.state[params[0]]["step"] == 2
 
 
 # --- The same state ------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ parameter (`exp_avg` and so on) is what the kernels work on: there are no copies
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.optim import optimizer
 
 from . import options
 from .adam import _ADAM, _AMSGRAD
+from .backends import sharded
 from .backends.base import Entry, Selection
 from .backends.host import Numbers
 from .backends.torch import Scalars, Torch, TorchMemory
@@ -107,7 +107,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _sizes: Sequence[int] = ()
     _absent: Sequence[bool] = ()
     _buckets: Sequence[_Bucket] = ()
-    _meshes: Sequence[_Mesh] = ()
+    _meshes: Sequence[sharded.Mesh] = ()
     _are_flat = False
 
     def __init__(
@@ -244,7 +244,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         absent = [g is None for g in gradients]
         if sizes != self._sizes or not all(map(is_, params, self._params)):
             self._sizes, self._params = sizes, params
-            self._meshes, self._are_flat = _meshes(params), any(map(_is_flat, params))
+            self._meshes, self._are_flat = sharded.meshes(params), any(map(sharded.is_flat, params))
             self._buckets, self._absent = _buckets(params, sizes), ()
         if absent != self._absent:
             self._absent = absent
@@ -274,7 +274,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         create its state by a step with rates and gradients of zero, which must do nothing else.
         """
         return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
-            _has_values(p.grad) for p in self._params if p.grad is not None
+            sharded.has_values(p.grad) for p in self._params if p.grad is not None
         )
 
     # --- what gradients are multiplied by ---
@@ -300,8 +300,10 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 "call its clip_grad_norm_() before the step instead."
             )
         sums = {b: b.square_sums(gradients) for b, gradients in work if not b.is_absent}
-        for mesh in self._meshes:
-            mesh.add_up(sums)
+        if self._meshes:
+            places = {i: (s, k) for b, s in sums.items() for k, i in enumerate(b.positions)}
+            for mesh in self._meshes:
+                mesh.add_up(places)
         every = [each for squares in sums.values() for each in squares]
         devices = [each.device for each in every if isinstance(each, Tensor)]
         norm = Scalars.sqrt(sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in every))
@@ -469,20 +471,7 @@ _REFUSED = {
 }
 
 
-@cache  # a plan belongs to one of these objects
-def _pass(
-    by_factor: bool, by_value: bool, negated: bool, penalised: bool, decayed: bool, averaged: bool
-) -> Pass:
-    return Pass(
-        gradient=True,
-        updates=True,
-        clipped_by_factor=by_factor,
-        clipped_by_value=by_value,
-        negated=negated,
-        penalised=penalised,
-        decayed=decayed,
-        averaged=averaged,
-    )
+_pass = cache(Pass)  # a plan belongs to one of these objects
 
 
 @cache
@@ -558,8 +547,8 @@ class _Bucket:
         self._slots = itemgetter(*self._names)
         self._states = list(map(state.get, self.params))
         self._is_plain = all(e.variable is p for e, p in zip(entries, self.params, strict=True))
-        self._tensors = list(map(_local, self._reached()))
-        self._places, self._looks = self._placed(), list(map(_looks, self.params))
+        self._tensors = list(map(sharded.local, self._reached()))
+        self._places, self._looks = self._placed(), list(map(sharded.looks, self.params))
         self._counts = [each["step"].numpy() for each in self._states]
         self._t: float = self._counts[0].item()
         self._ts = [self._t] * len(entries)
@@ -574,7 +563,7 @@ class _Bucket:
 
     def _placed(self) -> list[int]:
         # Of plain parameters the backend sees it.
-        return [] if self._is_plain else [_local(p).data_ptr() for p in self.params]
+        return [] if self._is_plain else [sharded.local(p).data_ptr() for p in self.params]
 
     def is_current(self, state: Any, group: Mapping[str, Any]) -> bool:
         """Whether the state is what was prepared for, and counts what it was left to count."""
@@ -589,7 +578,7 @@ class _Bucket:
         except KeyError:
             return False
         if not self._is_plain:
-            tensors = map(_local, tensors)
+            tensors = map(sharded.local, tensors)
         return (
             all(map(is_, tensors, self._tensors))
             and list(map(np.ndarray.item, self._counts)) == self._ts
@@ -602,10 +591,10 @@ class _Bucket:
         if self.is_absent:
             selection, gradients, variables = self._idle, [], []
         elif not self._is_plain:
-            gradients = list(map(_gradient, gradients, self.params))
+            gradients = list(map(sharded.gradient_of, gradients, self.params))
         backend, entries = self._backend, selection.entries
         found = backend.recognise(selection, gradients, variables)
-        if found is None and list(map(_looks, self.params)) == self._looks:
+        if found is None and list(map(sharded.looks, self.params)) == self._looks:
             checked = [backend.gradient(g, e) for g, e in zip(gradients, entries, strict=True)]
             found = backend.gather(selection, checked)
         return found
@@ -634,12 +623,14 @@ class _Bucket:
         rate, weight_decay = float(group["lr"]), float(group["weight_decay"])
         clipvalue, decoupled = group.get("clipvalue"), bool(group["decoupled_weight_decay"])
         kind = _pass(
-            bool(factors),
-            clipvalue is not None,
-            bool(group["maximize"]),
-            weight_decay != 0.0 and not decoupled,
-            weight_decay != 0.0 and decoupled,
-            averaged,
+            gradient=True,
+            updates=True,
+            clipped_by_factor=bool(factors),
+            clipped_by_value=clipvalue is not None,
+            negated=bool(group["maximize"]),
+            penalised=weight_decay != 0.0 and not decoupled,
+            decayed=weight_decay != 0.0 and decoupled,
+            averaged=averaged,
         )
         decay = self._lost(weight_decay * rate) if decoupled else weight_decay
         pass_c = PassCoefficients(1.0, 1.0, clipvalue or 0.0, decay, momentum, 1.0 - momentum)
@@ -702,13 +693,15 @@ _NAMES = {
 
 def _entry(p: Tensor, name: str, state: Any, group: Mapping[str, Any]) -> Entry:
     """A parameter with its state, which is created, or brought into the form that a step needs."""
-    variable = _inner(p)
+    variable = sharded.inner(p)
     entry = Torch.over([variable]).describe(variable, name)
     held = state[p]
     held |= {key: _slot(key, held.get(key), p, name, group) for key in _slot_names(group)}
-    entry.slots = tuple(_inner(held[key]) for key in _slot_names(group)[1:] if key != "average")
+    entry.slots = tuple(
+        sharded.inner(held[key]) for key in _slot_names(group)[1:] if key != "average"
+    )
     if group.get("use_ema"):
-        entry.average = _inner(held["average"])
+        entry.average = sharded.inner(held["average"])
     return entry
 
 
@@ -726,7 +719,7 @@ def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) 
         if value is None:
             slot = torch.zeros_like(p, dtype=dtype, requires_grad=False)
             return slot.copy_(p) if key == "average" else slot
-        kind = _dtensor()
+        kind = sharded.dtensor()
         if value.shape != p.shape:
             raise ValueError(
                 f"The state '{key}' of parameter '{name}' must have its shape, {tuple(p.shape)}. "
@@ -741,8 +734,8 @@ def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) 
             )
         if isinstance(p, kind) and value.placements != p.placements:
             value = value.redistribute(p.device_mesh, p.placements)
-        mine, of_p = _local(value), _local(p)
-        if (mine.dtype, mine.device) == (dtype, of_p.device) and _lies_like(mine, of_p):
+        mine, of_p = sharded.local(value), sharded.local(p)
+        if (mine.dtype, mine.device) == (dtype, of_p.device) and sharded.lies_like(mine, of_p):
             return value
         return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value)
 
@@ -831,108 +824,3 @@ def _bare(names: Sequence[str]) -> list[str]:
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
     return bare
-
-
-# --- tensors that are not plain ---
-
-
-def _dtensor() -> Any:
-    """The class of distributed tensors, if there can be any."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else module.DTensor
-
-
-def _local(tensor: Any) -> Any:
-    """The part of a distributed tensor that lies on this rank; others are whole."""
-    return tensor._local_tensor if isinstance(tensor, _dtensor()) else tensor
-
-
-def _inner(tensor: Tensor) -> Tensor:
-    """The tensor of real numbers that a step runs on, in the same memory."""
-    tensor = _local(tensor)
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.detach())
-    # A step may change the result of a computation that was told to keep its gradient.
-    return tensor if tensor.is_leaf else tensor.detach()
-
-
-def _gradient(gradient: Any, p: Tensor) -> Any:
-    """The gradient of `_inner(p)`."""
-    if isinstance(p, _dtensor()):
-        if not isinstance(gradient, _dtensor()):
-            raise TypeError(
-                "The gradient of a DTensor must be a DTensor. Received: "
-                f"{type(gradient).__qualname__} of shape {tuple(gradient.shape)}."
-            )
-        with torch.no_grad():
-            if gradient.placements != p.placements:
-                gradient = gradient.redistribute(placements=p.placements)
-        gradient = gradient._local_tensor
-        if hasattr(gradient, "wait"):  # of a communication that may still be under way
-            gradient = gradient.wait()
-    if isinstance(gradient, Tensor) and gradient.is_complex() and p.is_complex():
-        return torch.view_as_real(gradient.detach().resolve_conj())
-    return gradient
-
-
-def _looks(tensor: Tensor) -> tuple[Any, ...]:
-    tensor = _local(tensor)
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _lies_like(a: Tensor, b: Tensor) -> bool:
-    """Whether a has the order of memory that a tensor made like b would have."""
-    return bool(a.stride() == b.stride() or a.stride() == torch.empty_like(b).stride())
-
-
-def _has_values(gradient: Tensor) -> bool:
-    if gradient.layout != torch.strided:
-        return True
-    norm = torch.linalg.vector_norm(gradient.detach(), ord=1)  # which does not underflow
-    return bool(norm.full_tensor() if isinstance(norm, _dtensor()) else norm)
-
-
-class _Mesh:
-    """The parameters whose shards lie on the same ranks, along some dimensions of a device mesh."""
-
-    def __init__(self, mesh: Any, dimensions: tuple[int, ...]) -> None:
-        self._mesh, self._dimensions = mesh, dimensions
-        self.positions: list[int] = []
-
-    def add_up(self, sums: Mapping[_Bucket, list[Any]]) -> None:
-        """Replace the sums over this rank's shards by those over all shards.
-
-        Parameters without a gradient take part, so that no rank waits for one that does not come.
-        """
-        places = {
-            position: (squares, i)
-            for bucket, squares in sums.items()
-            for i, position in enumerate(bucket.positions)
-        }
-        found = [places.get(position) for position in self.positions]
-        mine = [0.0 if place is None else place[0][place[1]] for place in found]
-        device = self._mesh.device_type
-        total = torch.stack([torch.as_tensor(s, dtype=torch.float64).to(device) for s in mine])
-        for dimension in self._dimensions:
-            torch.distributed.all_reduce(total, group=self._mesh.get_group(dimension))
-        values = total.tolist() if device == "cpu" else list(total.unbind())
-        for place, value in zip(found, values, strict=True):
-            if place is not None:
-                place[0][place[1]] = value
-
-
-def _meshes(params: Sequence[Tensor]) -> list[_Mesh]:
-    meshes: dict[Any, _Mesh] = {}
-    kind = _dtensor()
-    for position, p in enumerate(params):
-        if isinstance(p, kind):
-            sharded = tuple(i for i, each in enumerate(p.placements) if not each.is_replicate())
-            if sharded:
-                mesh = meshes.setdefault((p.device_mesh, sharded), _Mesh(p.device_mesh, sharded))
-                mesh.positions.append(position)
-    return list(meshes.values())
-
-
-def _is_flat(p: Tensor) -> bool:
-    """Whether it is a shard of FSDP1, an ordinary tensor that does not say what it is part of."""
-    return hasattr(p, "_fsdp_flattened") or type(p).__name__ == "FlatParameter"
