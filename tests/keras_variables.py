@@ -15,6 +15,8 @@ from keras import ops
 import omniadam
 from cases import CASES, SMALL_SHAPES, Case, assert_close, gradients, variables
 from omniadam import Adam
+from omniadam.compat import contrib_keras, optimizer_v2
+from reference import reference_contrib_keras, reference_optimizer_v2
 
 BACKEND = keras.backend.backend()
 STEPS = 12
@@ -182,6 +184,34 @@ def test_minimize() -> None:
     for _ in range(200):
         opt.minimize(loss, [w])
     assert np.all(abs(w.numpy()) < 1e-2)
+
+
+def test_older_generations() -> None:
+    """On NumPy test_optimizer_v2.py and test_contrib_keras.py see to them."""
+    for generation, reference_of in (
+        (contrib_keras.Adam, reference_contrib_keras),
+        (optimizer_v2.Adam, reference_optimizer_v2),
+    ):
+        if BACKEND == "numpy":
+            break
+        settings: dict[str, Any] = {"decay": 0.25, "clipnorm": 1.0, "clipvalue": 0.5}
+        start, now = variables(shapes=SMALL_SHAPES), gradients(0, shapes=SMALL_SHAPES)
+        params, reference = made(start), reference_of(start, **settings)
+
+        def dot(*ws: Any, now: Any = now, params: Any = params) -> Any:
+            return sum(ops.sum(w * g) for w, g in zip(ws or params, now, strict=True))
+
+        opt = generation(**settings)
+        loss = dot if BACKEND == "jax" else lambda dot=dot: dot()
+        is_v2 = generation is optimizer_v2.Adam
+        updates = opt.get_updates(*((loss, params) if is_v2 else (params, {}, loss)))
+        for step in range(STEPS):
+            now[:] = gradients(step, shapes=SMALL_SHAPES)
+            for update in updates:
+                update()
+            reference.step(now)
+        assert int(opt.get_weights()[0]) == STEPS
+        assert_close([p.numpy() for p in params], reference)
 
 
 if __name__ == "__main__":

@@ -376,6 +376,30 @@ def test_params_are_checked() -> None:
         Adam().get_updates([w, w], {}, lambda *w: w[0].sum())
 
 
+# --- JAX ------------------------------------------------------------------------------------------
+
+
+def test_updates_inside_jit() -> None:
+    jax = pytest.importorskip("jax")
+    library = LIBRARIES["jax"]
+    params = [library.variable(np.array([1.0, -2.0], np.float32)) for _ in range(2)]
+    made = [
+        Adam(lr=0.125, decay=0.5, clipnorm=1.0).get_updates([w], {}, lambda w: (w**2).sum())
+        for w in params
+    ]
+
+    @jax.jit
+    def step() -> None:
+        for update in made[0]:
+            update()
+
+    for _ in range(3):
+        step()
+        for update in made[1]:
+            update()
+    np.testing.assert_allclose(*map(library.numpy, params), rtol=1e-6)
+
+
 # --- TensorFlow -----------------------------------------------------------------------------------
 
 
@@ -412,12 +436,13 @@ def test_updates_are_operations_in_a_graph(name: str, tf: Any) -> None:
         assert not any(weight.any() for weight in opt.get_weights())
 
 
-def test_constraints_in_a_graph(tf: Any) -> None:
+@pytest.mark.parametrize("key", [lambda w: w, lambda w: w.ref()], ids=["itself", "ref"])
+def test_constraints_in_a_graph(key: Callable[[Any], Any], tf: Any) -> None:
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         w = tf.compat.v1.get_variable("w", initializer=[0.5, 0.5], use_resource=True)
         given = tf.constant([1.0, -1.0])
         updates = Adam(lr=1.0).get_updates(
-            [w], {w.ref(): lambda value: tf.maximum(value, 0.0)}, tf.reduce_sum(w * given)
+            [w], {key(w): lambda value: tf.maximum(value, 0.0)}, tf.reduce_sum(w * given)
         )
         session.run(tf.compat.v1.global_variables_initializer())
         session.run(updates)

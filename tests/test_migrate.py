@@ -87,6 +87,25 @@ def test_optimizer_v2(kind: str, name: str) -> None:
         assert other.get_config() == new.get_config()
 
 
+@pytest.mark.needs("tf_keras")
+def test_in_a_graph() -> None:
+    """The state is what the session holds."""
+    tf, keras = imported("tensorflow"), imported("tf_keras")
+    v1 = tf.compat.v1
+    for make in (optimizer_v2.Adam, keras.optimizers.legacy.Adam):
+        with tf.Graph().as_default(), v1.Session() as session:
+            w = v1.get_variable("w", initializer=np.array([1.0, -2.0]), use_resource=True)
+            old = make(**EXACT, decay=0.25)
+            step = old.apply_gradients([(w * 2.0, w)])
+            session.run(v1.global_variables_initializer())
+            session.run(step)
+            new, copied = migrate(old), session.run(w)
+            assert new.iterations == 1
+            new.apply_gradients([(copied * 2.0, copied)])
+            session.run(step)
+            np.testing.assert_allclose(copied, session.run(w), rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "tf_keras"])
 def test_schedule(kind: str) -> None:
     if find_spec(kind) is None:

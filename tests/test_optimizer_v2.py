@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -589,6 +590,47 @@ def test_minimize(library: Library) -> None:
     np.testing.assert_allclose(m, 0.9 * (2 * (1 - 0.9**3)) - 20.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["eager", "function", "graph"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"amsgrad": True, "decay": 0.25}, {"learning_rate": SCHEDULE}], ids=str
+)
+def test_minimize_as_the_original(
+    settings: dict[str, Any], how: str, tf: Any, tf_keras: Any
+) -> None:
+    """A loss with rows that repeat, and rows that are not used; `grad_loss`; a callable list."""
+    v1, rows = tf.compat.v1, np.array([1, 1, 3])
+    settings = arguments({**EXACT, **settings}, tf_keras.optimizers.schedules)
+    results = []
+    for make in (Adam, tf_keras.optimizers.legacy.Adam):
+        with tf.Graph().as_default() if how == "graph" else nullcontext():
+            opt = make(**settings)
+            w, table = tf.Variable([1.0, -2.0], dtype=tf.float64), tf.Variable(np.ones((4, 2)))
+
+            def loss(w: Any = w, table: Any = table) -> Any:
+                return tf.reduce_sum(w**4) + tf.reduce_sum(tf.gather(table, rows) ** 2)
+
+            def step(opt: Any = opt, loss: Any = loss, w: Any = w, table: Any = table) -> Any:
+                return opt.minimize(
+                    loss, lambda: [w, table], grad_loss=tf.constant(0.5, tf.float64)
+                )
+
+            if how == "graph":
+                operation = step()
+                with v1.Session() as session:
+                    session.run(v1.global_variables_initializer())
+                    for _ in range(STEPS):
+                        session.run(operation)
+                    results.append(session.run([w, table, *opt.weights]))
+                continue
+            in_place = tf.function(lambda step=step: [step()] and None, autograph=False)
+            run_once = in_place if how == "function" else step
+            for _ in range(STEPS):
+                run_once()
+            results.append([w.numpy(), table.numpy(), *opt.get_weights()])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
 def test_variables_that_the_loss_creates() -> None:
     torch = pytest.importorskip("torch")
     created: list[Any] = []
@@ -607,28 +649,31 @@ def test_variables_that_the_loss_creates() -> None:
     assert created[0].item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_minimize_errors() -> None:
+def test_minimize_errors(library: Library) -> None:
     """Of the documentation: "ValueError: If some of the variables are not `Variable` objects"."""
-    for wrong in (["w"], [np.ones(2), 1.0], [None], [np.arange(2)], "w", 3.0):
+    w = library.variable(np.ones(2, np.float32))
+    loss = library.loss([w], lambda: [np.ones(2, np.float32)])
+    for wrong in (["w"], [w, 1.0], [None], [library.array(np.arange(2))], "w", 3.0):
         with pytest.raises(ValueError, match="must hold variables"):
-            Adam().minimize(lambda *w: w[0].sum(), wrong)
-    with pytest.raises(ValueError, match="scalar"):
-        Adam().minimize(lambda w: w * 2, [np.ones(2)])
+            Adam().minimize(loss, wrong)
+    with pytest.raises(ValueError, match=r"scalar|one real number"):
+        Adam().minimize(lambda w=w: w * 2, [w])
+    assert library.numpy(w).tolist() == [1.0, 1.0]
 
 
-def test_apply_gradients_errors() -> None:
+def test_apply_gradients_errors(library: Library) -> None:
     """Of the documentation: malformed is a TypeError, no gradient a ValueError."""
-    w = np.ones(2)
+    [g], [w] = ones(library, (2,))
     opt = Adam()
-    for wrong in (3, [w], [(w,)], [(w, w, w)], [None], None, [(np.ones(2), "w")], [("g", w)]):
+    for wrong in (3, [w], [(w,)], [(g, w, w)], [None], None, [(g, "w")], [("g", w)]):
         with pytest.raises(TypeError):
             opt.apply_gradients(wrong)  # type: ignore[arg-type]
     for nothing in ([], [(None, w)], iter(())):
         with pytest.raises(ValueError, match="No gradients provided"):
             opt.apply_gradients(nothing)
     with pytest.raises(ValueError, match="shape"):
-        opt.apply_gradients([(np.ones(3), w)])
-    assert w.tolist() == [1.0, 1.0] and opt.get_weights() == []
+        opt.apply_gradients([(library.array(np.ones(3, np.float32)), w)])
+    assert library.numpy(w).tolist() == [1.0, 1.0] and opt.get_weights() == []
 
 
 def test_get_gradients_are_not_clipped(library: Library) -> None:
@@ -774,6 +819,31 @@ def test_attributes_are_checked() -> None:
         opt.apply_gradients([(np.ones(1), np.ones(1))])
 
 
+# --- JAX ------------------------------------------------------------------------------------------
+
+
+def test_inside_jit() -> None:
+    jax = pytest.importorskip("jax")
+    library, traces = LIBRARIES["jax"], []
+    opt, other = (Adam(lr=0.125, decay=0.5, amsgrad=True, clipnorm=1.0) for _ in range(2))
+    w, v = (library.variable(np.array([1.0, -2.0], np.float32)) for _ in range(2))
+    steps = [library.array(g) for g in np.random.default_rng(0).normal(size=(4, 2))]
+
+    @jax.jit
+    def step(g: Any) -> None:
+        traces.append(1)
+        opt.apply_gradients([(g, w)])
+
+    opt.apply_gradients([(steps[0], w)])  # which creates the state
+    for g in steps[1:]:
+        step(g)
+    for g in steps:
+        other.apply_gradients([(g, v)])
+    assert len(traces) == 1
+    for a, b in zip([w[...], *opt.get_weights()], [v[...], *other.get_weights()], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 # --- TensorFlow -----------------------------------------------------------------------------------
 
 
@@ -908,6 +978,34 @@ def test_hyperparameters_are_variables_that_a_traced_function_reads(tf: Any, tf_
     np.testing.assert_allclose(results[0], results[1], rtol=1e-12)
 
 
+def test_config_where_values_are_symbolic(tf: Any) -> None:
+    """As the number that was set as long as the variable holds it, and else as what it holds."""
+    opt, w = Adam(0.1), tf.Variable([1.0, 2.0])
+    seen = []
+
+    @tf.function(autograph=False)
+    def step() -> None:
+        opt.apply_gradients([(w + 0.0, w)])
+        seen.append(opt.get_config()["learning_rate"])
+
+    step()
+    assert set(seen) == {0.1} and opt.get_config()["learning_rate"] == 0.1
+    opt.lr.assign(0.25)
+    assert opt.get_config()["learning_rate"] == 0.25
+    v1 = tf.compat.v1
+    with tf.Graph().as_default():
+        other = Adam(0.1, beta_1=tf.constant(0.5))
+        other.lr  # noqa: B018 (its variable is created)
+        with pytest.raises(RuntimeError, match="session"):
+            other.get_config()
+        with v1.Session() as session:
+            session.run(v1.global_variables_initializer())
+            config = other.get_config()
+            assert (config["learning_rate"], config["beta_1"]) == (0.1, 0.5)
+            other.lr = 0.25
+            assert other.get_config()["learning_rate"] == 0.25 == session.run(other.lr)
+
+
 def test_placeholders_are_hyperparameters(tf: Any) -> None:
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
@@ -1037,6 +1135,70 @@ def test_models_of_tf_keras(tf: Any, tf_keras: Any, tmp_path: Any) -> None:
     np.testing.assert_allclose(*fitted, rtol=1e-4, atol=1e-6)
 
 
+def test_models_of_tf_keras_with_a_class_of_ones_own(tf: Any, tf_keras: Any, tmp_path: Any) -> None:
+    kind = type("Mine", (Adam,), {})
+    model = tf_keras.models.Sequential([tf_keras.layers.Dense(1)])
+    model.compile(kind(0.125), loss="mse")
+    model.fit(np.ones((4, 2)), np.ones(4), verbose=0)
+    with pytest.warns(UserWarning, match="HDF5"):
+        model.save(tmp_path / "model.h5")
+    loaded = tf_keras.models.load_model(tmp_path / "model.h5", custom_objects={"Mine": kind})
+    assert isinstance(loaded.optimizer, kind)
+    for a, b in zip(loaded.optimizer.get_weights(), model.optimizer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_scripts_of_tensorflow_1(tf_keras: Any) -> None:
+    script = Path(__file__).with_name("tensorflow_1.py")
+    assert in_a_process(script.read_text(encoding="utf-8")).count("test_") == 3
+
+
+REPLICAS = """
+import warnings
+import numpy as np
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import tensorflow as tf, tf_keras
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from omniadam.compat import contrib_keras, optimizer_v2
+
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+exact = {"beta_1": 0.875, "beta_2": 0.9375, "decay": 0.25}
+
+def follow(make, is_made_inside):
+    with strategy.scope():
+        w = tf.Variable(np.array([1.0, -2.0]))
+        opt = make(0.125, clipnorm=1.0, **exact) if is_made_inside else None
+    opt = opt or make(0.125, clipnorm=1.0, **exact)
+
+    @tf.function
+    def step():
+        def on_one():
+            i = tf.distribute.get_replica_context().replica_id_in_sync_group
+            opt.minimize(lambda: tf.reduce_sum(w**2) * (1.0 + tf.cast(i, tf.float64)), [w])
+        strategy.run(on_one)
+
+    for _ in range(3):
+        step()
+    opt.lr = 0.5
+    step()
+    assert opt.iterations.numpy() == 4
+    return [v.numpy() for v in (w, *opt.weights)]
+
+for is_made_inside in (True, False):
+    ours = follow(optimizer_v2.Adam, is_made_inside)
+    theirs = follow(tf_keras.optimizers.legacy.Adam, is_made_inside)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+print("all is well")
+"""
+
+
+def test_replicas(tf_keras: Any) -> None:
+    assert "all is well" in in_a_process(REPLICAS)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_a_copy_in_tensorflow(again: Callable[[Adam], Adam], tf: Any) -> None:
     opt, w = Adam(0.5, decay=0.5), tf.Variable([1.0, 2.0])
@@ -1129,6 +1291,19 @@ def test_before_a_variable_is_seen_they_are_tensorflows(tf: Any) -> None:
     assert type(opt.iterations) is np.ndarray and opt.iterations == 4
 
 
+def in_a_process(code: str) -> str:
+    here = Path(__file__).parent
+    found = os.pathsep.join([str(here.parent / "src"), str(here)])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_tensorflow_is_not_imported() -> None:
     code = """
         import sys
@@ -1144,11 +1319,4 @@ def test_tensorflow_is_not_imported() -> None:
         found = {"tensorflow", "torch", "jax", "keras", "tf_keras"} & set(sys.modules)
         assert not found, found
         """
-    source = Path(optimizer_v2.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": str(source)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    in_a_process(code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -750,8 +751,16 @@ def _in_graph_of_1() -> bool:
     return not tf.executing_eagerly() and not tf.inside_function()
 
 
+def _has_session(keras: Any, graph: Any) -> bool:
+    session = getattr(keras._SESSION, "session", None)
+    return session is not None and session.graph is graph
+
+
 def _session(variable: Any) -> Any:
     session = tf.compat.v1.get_default_session()
+    keras = sys.modules.get("tf_keras.src.backend")  # whose models are run in a session of its own
+    if session is None and keras is not None and _has_session(keras, variable.graph):
+        session = keras.get_session([variable])
     if session is None or session.graph is not variable.graph:
         raise RuntimeError(
             "In a graph the values of variables are in a session. Do this inside `with "

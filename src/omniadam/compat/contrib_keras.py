@@ -140,9 +140,7 @@ class Adam(Older):
             raise ValueError(
                 f"`constraints` must be of variables in `params`. Received {len(unknown)} others."
             )
-        self._prepare(variables)
-        self._engine.include(variables)
-        self._create_slots(variables)
+        self._build(variables)
         self._engine.constrain(held)
         self.updates = self._updates(
             lambda: self._apply(

@@ -112,12 +112,13 @@ def _of_older(optimizer: Older) -> Adam:
         assert engine._backend is not None
         columns = zip(*(entry.slots for entry in engine._entries), strict=True)
         state = [[engine._backend.numpy(slot) for slot in column] for column in columns]
+    count, *_ = optimizer.get_weights() or [np.array(0)]
     return _adam(
         settings,
         {name: getattr(engine, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")},
         amsgrad=engine.amsgrad,
         name=engine.name,
-        iterations=engine.read(engine._iteration),
+        iterations=int(count),
         slots=state,
     )
 

@@ -122,7 +122,7 @@ class Older:
         check = options.rate if name == "learning_rate" else CHECKS[name]
         number = check(name, value)
         was_number = isinstance(self._hyper.get(name), float)
-        has_variable = self._scalars is not None and name in self._scalars
+        has_variable = self._is_variable(name)
         if has_variable:
             self._scalars.set(name, number)
         self._hyper[name] = number
@@ -132,9 +132,12 @@ class Older:
     def _feed(self, name: str) -> Any:
         """A hyperparameter as the engine takes it."""
         value = self._hyper[name]
-        if isinstance(value, float) and self._scalars is not None and name in self._scalars:
+        if self._is_variable(name) and isinstance(value, float):
             return self._scalars.reader(name)
         return Held(value) if _is_tensor(value) else value
+
+    def _is_variable(self, name: str) -> bool:
+        return self._scalars is not None and name in self._scalars
 
     def _feed_engine(self, name: str) -> None:
         engine, given = self._engine, self._feed(name)
@@ -145,8 +148,10 @@ class Older:
 
     def _number(self, name: str) -> float:
         """A hyperparameter as it is in a config: what a callable returns, or a tensor holds."""
-        held = self._feed(name)
-        value = held() if callable(held) else held
+        value = self._hyper[name]
+        if self._is_variable(name) and isinstance(value, float):
+            value = self._scalars.value(name)
+        value = value() if callable(value) else value
         number = options.as_float(_host(value) if _is_tensor(value) else value)
         if number is None:
             raise ValueError(f"`{name}` is no number that a config can hold. Received: {value!r}")
@@ -260,6 +265,12 @@ class Older:
         given = {id(v): value for v, value in zip(variables, weights, strict=True)}
         read = engine._backend.numpy
         engine.set_weights([given[id(v)] if id(v) in given else read(v) for _, v in engine._state])
+
+    def _build(self, variables: list[Any]) -> None:
+        """Create what a step of these variables needs."""
+        self._prepare(variables)
+        self._engine.include(variables)
+        self._create_slots(variables)
 
     def _add_slot(self, variable: Any, name: str, initializer: Any) -> Any:
         engine = self._engine

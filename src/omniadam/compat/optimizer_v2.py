@@ -272,7 +272,7 @@ class Adam(Older):
             ValueError: if no variable has a gradient.
         """
         try:
-            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
+            pairs = [_pair(each) for each in grads_and_vars]
         except (TypeError, ValueError) as error:
             raise TypeError(
                 "`grads_and_vars` must be a list of pairs (gradient, variable). Received: "
@@ -422,6 +422,13 @@ class Adam(Older):
 
 
 as_it_is(Adam)
+
+
+def _pair(given: Any) -> tuple[Any, Any]:
+    if not isinstance(given, (tuple, list)):  # an array of two elements is none
+        raise TypeError(f"{received(given)} is no pair")
+    gradient, variable = given
+    return gradient, variable
 
 
 def _dtype_name(dtype: Any) -> str:

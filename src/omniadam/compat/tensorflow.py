@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from ..backends import backend_of
 from ..backends.base import Entry
+from ..optimizer import _host
 
 
 class Scalars:
@@ -41,6 +42,7 @@ class Scalars:
             scope = strategy.scope()
         with tf.init_scope(), scope:
             variable = tf.Variable(value, dtype=dtype, name=name_in_graph, **arguments)
+            _to_initialize(variable)
         optimizer._track_trackable(variable, name, overwrite=True)
         return variable
 
@@ -82,18 +84,26 @@ class Scalars:
         backend: Any = backend_of(variable)
         backend.over([variable]).assign(variable, value)
 
+    def value(self, name: str) -> float:
+        """The value of a hyperparameter outside of any graph."""
+        return self._exact(name, float(_host(self._variables[name])))
+
+    def _exact(self, name: str, held: float) -> float:
+        number: float = self._optimizer._hyper[name]
+        return number if held == np.float32(number) else held
+
     def reader(self, name: str) -> Callable[[], Any]:
         """What reads the variable of a hyperparameter, in double precision."""
         return partial(self._read, name)
 
     def _read(self, name: str) -> Any:
         held, number = tf.convert_to_tensor(self._variables[name]), self._optimizer._hyper[name]
-        rounded = np.float32(number)
         if not tf.is_symbolic_tensor(held):
-            value = held.numpy()
-            return number if value == rounded else float(value)
+            return self._exact(name, held.numpy().item())
         return tf.where(
-            tf.equal(held, rounded), tf.constant(number, tf.float64), tf.cast(held, tf.float64)
+            tf.equal(held, np.float32(number)),
+            tf.constant(number, tf.float64),
+            tf.cast(held, tf.float64),
         )
 
     def __contains__(self, name: str) -> bool:
@@ -125,12 +135,14 @@ class Scalars:
         owner, name = entry.variable.name.partition(":")[0], _SLOTS.get(name, name)
         value = _initial(initializer, entry.shape, entry.slot_dtype)
         with tf.init_scope(), backend._place(entry.variable):
-            return tf.Variable(
+            slot = tf.Variable(
                 value,
                 dtype=entry.slot_dtype,
                 name=f"{self._optimizer._engine.name}/{owner}/{name}",
                 trainable=False,
             )
+            _to_initialize(slot)
+        return slot
 
     def result(self, result: Any, name: str) -> Any:
         """What `apply_gradients` returns."""
@@ -153,6 +165,12 @@ _OF_ONE_REPLICA = {
     "trainable": False,
     "aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA,
 }
+
+
+def _to_initialize(variable: Any) -> None:
+    """Have a model of `tf_keras` in a graph initialize it, as it does its own variables."""
+    if (keras := sys.modules.get("tf_keras")) is not None:
+        keras.__internal__.backend.track_variable(variable)
 
 
 def _word(member: Any) -> str:
@@ -248,7 +266,10 @@ def _for_tf_keras(kind: Any) -> dict[str, Any]:
     ) -> Any:
         return kind.apply_gradients(self, grads_and_vars, name)
 
-    methods = {each.__name__: each for each in (minimize, apply_gradients)}
+    def _create_all_weights(self: Any, var_list: Any) -> None:
+        self._build(list(var_list))
+
+    methods = {each.__name__: each for each in (minimize, apply_gradients, _create_all_weights)}
     for method in methods.values():
         vars(method)["autograph_info__"] = {}  # as in `older.as_it_is`
     return methods if hasattr(kind, "minimize") else {}
