@@ -126,6 +126,7 @@ def fsdp_of_flat_shards(rank: int, mesh: Any) -> None:
         else:
             raise AssertionError("not refused")
         assert_equal(module.parameters(), before)
+        assert not opt.state
 
 
 def fsdp_one_process(rank: int, mesh: Any) -> None:

@@ -193,12 +193,13 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_observed(self) -> bool:
-        hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         if type(self).step is not Adam.step:  # then torch has wrapped that one
             return False
-        is_compiling = torch.compiler.is_compiling()  # and could not ask for profilers
-        return bool(hooks or own) or not (is_compiling or not torch.autograd._profiler_enabled())
+        hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+        if hooks or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return True
+        # What is being compiled cannot ask.
+        return not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
 
     def _closed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -222,15 +223,14 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         before = len(self.state)
         try:
             work = self._arranged()
+            is_idle = is_skipped or (before == 0 and self._is_initialisation())
+            factors = {} if is_idle else self._clip_factors(work)
         except BaseException:
             self._forget()
             while len(self.state) > before:
                 self.state.popitem()
             raise
-        if is_skipped or (before == 0 and self._is_initialisation()):
-            return
-        factors = self._clip_factors(work)
-        for bucket, gradients in work:
+        for bucket, gradients in [] if is_idle else work:
             bucket.advance(self.param_groups[bucket.group], gradients, factors.get(bucket, ()))
 
     # --- which parameters step together ---
