@@ -63,7 +63,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         >>> opt = omniadam.keras.Adam(learning_rate=0.1)
         >>> for _ in range(3):
         ...     opt.apply([2 * w.value], [w])
-        >>> isinstance(opt, keras.optimizers.Adam), w.numpy().astype(float).round(3).tolist()
+        >>> isinstance(opt, keras.optimizers.Adam), [round(float(x), 3) for x in w.value]
         (True, [0.702, -1.701])
 
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
@@ -177,8 +177,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
                 on TensorFlow, as in Keras.
         """
         if _IN_PLACE:
-            optimizer_variables = list(map(keras.ops.copy, optimizer_variables))
-            trainable_variables = list(map(keras.ops.copy, trainable_variables))
+            optimizer_variables = list(map(_copied, optimizer_variables))
+            trainable_variables = list(map(_copied, trainable_variables))
         new: tuple[list[Any], list[Any]]
         new = super().stateless_apply(optimizer_variables, grads, trainable_variables)
         return new
@@ -258,7 +258,7 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
         >>> w = keras.Variable(np.ones(1, np.float32))
         >>> opt = omniadam.keras.AdamW(0.1, 0.5)
         >>> opt.apply([np.zeros(1, np.float32)], [w])
-        >>> round(float(w.numpy()[0]), 6)
+        >>> round(float(w.value[0]), 6)
         0.95
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
@@ -307,6 +307,15 @@ class _Engine(adam.Adam):
         backend = KerasVariables.over(variables)
         entries = [backend.describe(variable, _path(variable)) for variable in variables]
         backend.check_distinct(entries)
+        excluded = set(map(id, self._excluded_variables))
+        paths = [entry.name for entry in entries]
+        exact = {_found(path, paths) for path in self._excluded_exact}
+        for entry in entries:
+            entry.decayed = not (
+                id(entry.key) in excluded
+                or entry.name in exact
+                or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
+            )
         return backend, entries
 
     def adopt(self, backend: Any, entries: list[Entry]) -> None:
@@ -315,13 +324,6 @@ class _Engine(adam.Adam):
         self._backend, self._entries = backend, tuple(entries)
         count = self._owner._iterations
         self._iteration = count if backend.holder is None else backend.holder(count)
-        excluded = set(map(id, self._excluded_variables))
-        for entry in entries:
-            entry.decayed = not (
-                id(entry.key) in excluded
-                or entry.name in self._excluded_exact
-                or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
-            )
         self._locate()
         self.built = True
 
@@ -393,6 +395,10 @@ class _Engine(adam.Adam):
         if _IN_PLACE:
             self._relocate()
         super().finalize_variable_values(var_list)
+        if getattr(self._backend, "holder", None) is not None:
+            # An array that were a variable's and its average's could not be donated for both.
+            for variable in var_list:
+                variable.assign(keras.ops.copy(variable))
 
     # --- weight decay ---
 
@@ -412,6 +418,29 @@ class _Engine(adam.Adam):
 
 def _path(variable: Any) -> str:
     return str(getattr(variable, "path", None) or variable.name)
+
+
+def _found(path: str, paths: Sequence[str]) -> str:
+    """The path now of a variable that had this one: in a model that is loaded it is shorter."""
+
+    def is_tail(short: str, long: str) -> bool:
+        return f"/{long}".endswith(f"/{short}")
+
+    tails = [each for each in paths if is_tail(each, path)]
+    if tails:
+        return max(tails, key=len)
+    longer = {each for each in paths if is_tail(path, each)}
+    if len(longer) != 1:
+        raise ValueError(
+            f"Variable '{path}' was excluded from weight decay, and it cannot be told which it is "
+            f"among {list(paths)}. Exclude it by exclude_from_weight_decay() again."
+        )
+    return longer.pop()
+
+
+def _copied(value: Any) -> Any:
+    copy = keras.ops.copy(native(value))
+    return copy.detach() if hasattr(copy, "detach") else copy  # of a tensor that records gradients
 
 
 def _rate(value: Any) -> Any:

@@ -1,0 +1,718 @@
+"""Run by test_keras_optimizers.py, in a process for each of Keras's backends: `omniadam.keras`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from cases import CASES, SMALL_SHAPES, assert_close, gradients, variables
+from omniadam import schedules
+from omniadam.keras import Adam, AdamW
+
+BACKEND = keras.backend.backend()
+Theirs = keras.optimizers.Adam
+TESTS: list[Callable[[], None]] = []
+TRAINING = ("torch", "jax", "tensorflow")  # Keras on NumPy has no fit
+
+# Of weights and state that Keras's own optimizer left: a few float32 roundings a step.
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def on(*backends: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A test for these backends, or for all."""
+
+    def register(test: Callable[[], None]) -> Callable[[], None]:
+        if not backends or BACKEND in backends:
+            TESTS.append(test)
+        return test
+
+    return register
+
+
+class raises:
+    def __init__(self, kind: Any, *words: str) -> None:
+        self.kind, self.words = kind, words
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, got: Any, value: Any, trace: Any) -> bool:
+        assert got is not None and issubclass(got, self.kind), (self.kind, got)
+        assert all(word in str(value) for word in self.words), (self.words, str(value))
+        return True
+
+
+# --- models and data -----------------------------------------------------------------------------
+
+_rng = np.random.default_rng(0)
+X = _rng.standard_normal((24, 5)).astype("float32")
+Y = np.abs(X).argmax(axis=1) % 3
+
+
+def begin(seed: int = 1) -> None:
+    kept = keras.distribution.distribution() if BACKEND == "jax" else None
+    if BACKEND != "tensorflow" or not __import__("tensorflow").distribute.has_strategy():
+        keras.backend.clear_session()  # names are given anew
+    if kept is not None:
+        keras.distribution.set_distribution(kept)
+    keras.utils.set_random_seed(seed)
+
+
+def model(dtype: Any = None) -> Any:
+    """Of the same names and values at each call."""
+    begin()
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(4, "tanh", dtype=dtype),
+            keras.layers.Dense(3, dtype=dtype),
+        ]
+    )
+
+
+def compiled(optimizer: Callable[[], Any], dtype: Any = None, **settings: Any) -> Any:
+    net = model(dtype)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net.compile(optimizer(), loss, **settings)
+    return net
+
+
+def fit(net: Any, epochs: int = 2, **settings: Any) -> Any:
+    return net.fit(X, Y, epochs=epochs, batch_size=8, verbose=0, shuffle=False, **settings)
+
+
+def host(values: Any) -> list[Any]:
+    return [ops.convert_to_numpy(ops.cast(v, "float32")) for v in values]
+
+
+def same(a: Any, b: Any, **close: Any) -> None:
+    for one, other in zip(host(a), host(b), strict=True):
+        np.testing.assert_allclose(one, other, **(close or CLOSE))
+
+
+def same_training(ours: Any, theirs: Any, **close: Any) -> None:
+    same(ours.weights, theirs.weights, **close)
+    one, other = ours.optimizer.variables, theirs.optimizer.variables
+    assert [(v.name, v.path, v.shape) for v in one] == [(v.name, v.path, v.shape) for v in other]
+    same(one, other, **close)
+
+
+def made(values: list[Any], dtype: Any = None) -> list[Any]:
+    return [keras.Variable(v, dtype=dtype, name=f"w{i}") for i, v in enumerate(values)]
+
+
+def tensors(values: list[Any]) -> list[Any]:
+    return [ops.convert_to_tensor(v) for v in values]
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@on()
+def test_settings_against_the_oracle() -> None:
+    # The last one has everything, but one kind of clipping.
+    for name in ("defaults", "clipnorm", "clipvalue", "excluded+use_ema", list(CASES)[-1]):
+        case = CASES[name]
+        params = made(variables(shapes=SMALL_SHAPES))
+        opt = Adam(**case.settings_for(schedules))
+        opt.exclude_from_weight_decay(var_list=[params[i] for i in case.excluded])
+        reference = case.reference([p.numpy() for p in params])
+        for step in range(12):
+            g = gradients(step, shapes=SMALL_SHAPES)
+            assert int(opt.apply_gradients(zip(tensors(g), params, strict=True))) == step + 1
+            reference.step(g)
+        assert int(opt.iterations) == reference.iterations
+        assert_close([p.numpy() for p in params], reference)
+        assert_close([v.numpy() for v in opt._velocities], reference, "velocity")
+
+
+@on()
+def test_half_precision_against_the_oracle() -> None:
+    dtype = "float16" if BACKEND == "numpy" else "bfloat16"
+    case = CASES["weight_decay+clipnorm"]
+    params = made(variables(dtype, shapes=SMALL_SHAPES), dtype)
+    start = [np.asarray(x, np.float64) for x in host(params)]
+    opt, reference = Adam(**case.settings), case.reference(start)
+    for step in range(5):
+        g = gradients(step, shapes=SMALL_SHAPES, dtype=dtype)
+        opt.apply([ops.cast(ops.convert_to_tensor(np.float32(x)), dtype) for x in g], params)
+        reference.step([np.asarray(x, np.float64) for x in g])
+    assert_close(host(params), reference, dtype=dtype)
+    assert {v.dtype for v in opt._momentums} == {"float32"}
+
+
+@on(*TRAINING)
+def test_fit_as_keras_does() -> None:
+    decay = keras.optimizers.schedules.ExponentialDecay(0.02, 2, 0.5)
+    ema = {"use_ema": True, "ema_overwrite_frequency": 2}
+    for settings in (
+        {"learning_rate": decay, "amsgrad": True, "clipnorm": 0.1, "loss_scale_factor": 8.0},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "global_clipnorm": 0.5, **ema},
+    ):
+        nets = [compiled(partial(kind, **settings)) for kind in (Adam, Theirs)]
+        assert all(fit(net).history["loss"][0] > 0 for net in nets)
+        same_training(*nets)
+
+
+@on(*TRAINING)
+def test_digits() -> None:
+    """A real model: the same accuracy, and after 50 steps the same weights."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype("float32")
+    nets = []
+    for kind in (AdamW, keras.optimizers.AdamW):
+        begin()
+        net = keras.Sequential(
+            [keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        net.compile(kind(0.01, 0.01, global_clipnorm=1.0), loss, metrics=["accuracy"])
+        net.fit(images[:1500], labels[:1500], batch_size=60, epochs=2, verbose=0, shuffle=False)
+        nets.append(net)
+    # The gradients themselves differ by then: a step's error goes into the next gradient.
+    same_training(*nets, rtol=1e-3, atol=1e-4)
+    ours, theirs = (
+        net.evaluate(images[1500:], labels[1500:], verbose=0, return_dict=True) for net in nets
+    )
+    assert ours["accuracy"] > 0.8 and abs(ours["accuracy"] - theirs["accuracy"]) < 0.01
+
+
+@on(*TRAINING)
+def test_train_on_batch_and_evaluate() -> None:
+    nets = [compiled(kind) for kind in (Adam, Theirs)]
+    for net in nets:
+        losses = [float(net.train_on_batch(X, Y)) for _ in range(3)]
+        assert losses[2] < losses[0]
+        assert float(net.evaluate(X, Y, verbose=0)) < losses[2]
+    same_training(*nets)
+
+
+def loop(net: Any, opt: Any, steps: int) -> None:
+    """A training loop of one's own, as the documentation of each library writes it."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trained = net.trainable_variables
+    if BACKEND == "torch":
+        for _ in range(steps):
+            net.zero_grad()
+            loss(Y, net(X)).backward()
+            with __import__("torch").no_grad():
+                opt.apply([v.value.grad for v in trained], trained)
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def step() -> Any:
+            with tf.GradientTape() as tape:
+                value = loss(Y, net(X))
+            for pair in [zip(tape.gradient(value, trained), trained, strict=True)]:
+                opt.apply_gradients(pair)
+            return value
+
+        for _ in range(steps):
+            step()
+    else:
+        import jax
+
+        opt.build(trained)
+
+        def value_of(weights: Any) -> Any:
+            return loss(Y, net.stateless_call(weights, net.non_trainable_variables, X)[0])
+
+        @jax.jit
+        def step(weights: Any, state: Any) -> Any:
+            return opt.stateless_apply(state, jax.grad(value_of)(weights), weights)
+
+        weights, state = [v.value for v in trained], [v.value for v in opt.variables]
+        for _ in range(steps):
+            weights, state = step(weights, state)
+        for v, value in zip([*trained, *opt.variables], [*weights, *state], strict=True):
+            v.assign(value)
+
+
+@on(*TRAINING)
+def test_custom_loop() -> None:
+    nets = []
+    for kind in (Adam, Theirs):
+        net = model()
+        net.optimizer = kind(0.01, clipvalue=0.05)
+        loop(net, net.optimizer, 5)
+        nets.append(net)
+    same_training(*nets)
+
+
+@on(*TRAINING)
+def test_compiled_unrolled_and_eager() -> None:
+    optimizer = partial(Adam, 0.01, global_clipnorm=0.3, weight_decay=0.1)
+    net = compiled(optimizer, jit_compile=False)
+    fit(net, 1)
+    for settings in (
+        {"jit_compile": True},
+        {"run_eagerly": True},
+        {"steps_per_execution": 3, "jit_compile": False},
+    )[: 2 if BACKEND == "torch" else 3]:  # where Keras makes one step at a time
+        other = compiled(optimizer, **settings)
+        fit(other, 1)
+        same_training(other, net)
+
+
+# --- files, configs ------------------------------------------------------------------------------
+
+
+@on(*TRAINING)
+def test_files_of_keras_load_into_ours_and_back() -> None:
+    # With an average Keras's own can fit once only on JAX: see docs/keras.md.
+    settings = {"learning_rate": 0.02, "use_ema": True, "amsgrad": True, "weight_decay": 0.1}
+    ours, theirs = (compiled(partial(kind, **settings)) for kind in (Adam, Theirs))
+    with tempfile.TemporaryDirectory() as folder:
+        for net in (ours, theirs):
+            fit(net, 1)
+            net.save(f"{folder}/{type(net.optimizer).__module__}.keras")
+            net.save_weights(f"{folder}/{type(net.optimizer).__module__}.weights.h5")
+        states = [host(net.optimizer.variables) for net in (ours, theirs)]
+        same(*states)
+        fit(ours, 1)
+        for kind, written, state in ((Theirs, ours, states[0]), (Adam, theirs, states[1])):
+            net = compiled(partial(kind, **settings))
+            net.optimizer.build(net.trainable_variables)
+            for suffix in (".keras", ".weights.h5"):
+                for v in net.optimizer.variables:
+                    v.assign(ops.zeros_like(v.value))
+                net.load_weights(f"{folder}/{type(written.optimizer).__module__}{suffix}")
+                same(net.optimizer.variables, state, rtol=0, atol=0)
+            fit(net, 1)
+            same_training(net, ours)  # which did not stop
+
+
+@on(*TRAINING)
+def test_a_saved_model_has_our_optimizer() -> None:
+    net = compiled(partial(AdamW, 0.02, 0.1))
+    net.optimizer.exclude_from_weight_decay(
+        var_list=[net.trainable_variables[0]], var_names=["bias"]
+    )
+    fit(net, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        net.save(f"{folder}/model.keras")
+        again = keras.saving.load_model(f"{folder}/model.keras")
+    assert type(again.optimizer) is AdamW
+    same(again.optimizer.variables, net.optimizer.variables, rtol=0, atol=0)
+    decayed = [again.optimizer._use_weight_decay(v) for v in again.trainable_variables]
+    assert decayed == [False, False, True, False]
+    for each in (net, again):
+        fit(each, 1)
+    same(again.weights, net.weights, rtol=0, atol=0)
+
+
+@on()
+def test_configs() -> None:
+    made_with = {"learning_rate": 0.25, "beta_1": 0.8, "clipnorm": 2.0, "name": "mine"}
+    for kind, base in ((Adam, Theirs), (AdamW, keras.optimizers.AdamW)):
+        opt = kind(**made_with)
+        assert isinstance(opt, base) and isinstance(opt, keras.optimizers.Optimizer)
+        assert opt.get_config() == base(**made_with).get_config()
+        held = keras.saving.serialize_keras_object(opt)
+        assert held["registered_name"] == f"omniadam>{kind.__name__}"
+        again = (
+            keras.saving.deserialize_keras_object(held),
+            keras.optimizers.deserialize(keras.optimizers.serialize(opt)),
+            keras.optimizers.get(keras.optimizers.serialize(opt)),
+            kind.from_config(base(**made_with).get_config()),
+        )
+        assert [type(each) for each in again] == [kind] * len(again)
+        assert all(each.get_config() == opt.get_config() for each in again)
+        assert keras.optimizers.get(opt) is opt
+    assert type(keras.optimizers.get("adam")) is not Adam
+    assert AdamW().weight_decay == 0.004 and AdamW(0.1, 0.5).weight_decay == 0.5
+
+    opt = AdamW()
+    opt.exclude_from_weight_decay(var_names=["bias"])
+    again = AdamW.from_config(opt.get_config())
+    assert again.get_config() == opt.get_config() != AdamW().get_config()
+    kernel, bias = made([np.ones(2, np.float32)] * 2)
+    bias._path = "dense/bias"
+    again.build([kernel, bias])
+    assert [again._use_weight_decay(v) for v in (kernel, bias)] == [True, False]
+    with raises(ValueError, "before the optimizer is built"):
+        again.exclude_from_weight_decay(var_names=["kernel"])
+
+
+@on()
+def test_learning_rates() -> None:
+    w = keras.Variable(np.ones(1, np.float32))
+    opt = Adam(1)  # an integer is a number
+    opt.learning_rate = 0.5
+    opt.apply([ops.ones(1)], [w])
+    np.testing.assert_allclose(w.numpy(), 0.5, rtol=1e-5)
+    for rate in (
+        schedules.ExponentialDecay(0.1, 1, 0.5),
+        keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5),
+    ):
+        w.assign(np.ones(1, np.float32))
+        opt = Adam.from_config(Adam(rate).get_config())
+        for _ in range(2):
+            opt.apply([ops.ones(1)], [w])
+        np.testing.assert_allclose(w.numpy(), 1 - 0.1 - 0.05, rtol=1e-5)
+    rates, w = iter([0.1, 0.3]), keras.Variable(np.ones(1, np.float32))
+    opt = Adam(lambda: next(rates))
+    for _ in range(2):
+        opt.apply([ops.ones(1)], [w])
+    np.testing.assert_allclose(w.numpy(), 0.6, rtol=1e-5)
+
+
+# --- what Keras puts around an optimizer ---------------------------------------------------------
+
+
+@on(*TRAINING)
+def test_loss_scale_and_mixed_precision() -> None:
+    """The layers compute in float16, the variables are float32, and the loss is scaled."""
+    nets = []
+    for kind in (Adam, Theirs):
+        inner = partial(kind, 0.01, clipvalue=0.05)
+        net = compiled(
+            lambda inner=inner: keras.optimizers.LossScaleOptimizer(
+                inner(), dynamic_growth_steps=2
+            ),
+            keras.DTypePolicy("mixed_float16"),
+        )
+        fit(net)
+        nets.append(net)
+    same_training(*nets, rtol=1e-4, atol=1e-4)
+    before = host(nets[0].weights)
+    nets[0].fit(X * np.inf, Y, batch_size=8, verbose=0)  # steps that are skipped
+    same(nets[0].weights, before, rtol=0, atol=0)
+    assert int(nets[0].optimizer.iterations) == 6
+
+    net = compiled(partial(Adam, 0.05), keras.DTypePolicy("mixed_bfloat16"))
+    losses = fit(net, 4).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+@on(*TRAINING)
+def test_float16_variables_train() -> None:
+    optimizer = partial(Adam, 0.05, use_ema=True, gradient_accumulation_steps=2)
+    net = compiled(optimizer, "float16")
+    losses = fit(net, 8).history["loss"]
+    assert {v.dtype for v in net.trainable_variables} == {"float16"}
+    assert {v.dtype for v in net.optimizer.variables[2:]} == {"float32"}
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@on(*TRAINING)
+def test_callbacks() -> None:
+    class Rates(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            rates.append(float(ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    nets = []
+    for kind in (Adam, Theirs):
+        rates: list[float] = []
+        net = compiled(partial(kind, 0.04, use_ema=True, ema_momentum=0.5))
+        fit(
+            net,
+            3,
+            validation_data=(X, Y),
+            callbacks=[
+                keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+                keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=9.0),
+                keras.callbacks.SwapEMAWeights(),
+                Rates(),
+            ],
+        )
+        nets.append(net)
+        np.testing.assert_allclose(rates, [0.02, 0.005, 0.00125], rtol=1e-6)
+    same_training(*nets)
+
+
+@on(*TRAINING)
+def test_backup_and_restore() -> None:
+    """Killed in the second epoch and started again, training ends on the same bits."""
+
+    class Killed(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    never_stopped = compiled(partial(Adam, 0.02))
+    fit(never_stopped)
+    with tempfile.TemporaryDirectory() as folder:
+        backup = keras.callbacks.BackupAndRestore(folder)
+        with raises(KeyboardInterrupt):
+            fit(compiled(partial(Adam, 0.02)), callbacks=[backup, Killed()])
+        again = compiled(partial(Adam, 0.02))
+        fit(again, callbacks=[keras.callbacks.BackupAndRestore(folder)])
+    assert int(again.optimizer.iterations) == 6
+    same_training(again, never_stopped, rtol=0, atol=0)
+
+
+@on(*TRAINING)
+def test_multi_optimizer() -> None:
+    nets = []
+    for kind in (Adam, Theirs):
+        net = model()
+        optimizers = keras.optimizers.OptimizerMap(
+            kind(0.01), {".*bias": kind(0.1, clipnorm=0.1), ".*_1/kernel": keras.optimizers.SGD()}
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        net.compile(keras.optimizers.MultiOptimizer(optimizers), loss)
+        fit(net)
+        nets.append(net)
+    same(nets[0].weights, nets[1].weights)
+    same(nets[0].optimizer.variables, nets[1].optimizer.variables)
+
+
+@on("tensorflow")
+def test_mirrored_strategy() -> None:
+    """Two replicas with half of a batch each do what one does with all of it."""
+    import tensorflow as tf
+
+    settings = {"learning_rate": 0.02, "global_clipnorm": 0.3, "use_ema": True}
+    alone = compiled(partial(Adam, **settings), jit_compile=False)
+    fit(alone)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    for more in ({}, {"gradient_accumulation_steps": 2}):
+        with strategy.scope():
+            net = compiled(partial(Adam, **settings, **more), jit_compile=False)
+        fit(net)
+        values = net.trainable_variables[0].value.values
+        assert len(values) == 2
+        np.testing.assert_array_equal(*[v.numpy() for v in values])
+        assert int(net.optimizer._iterations.numpy()) == 6
+        if not more:
+            same(net.weights, alone.weights)
+
+
+@on("tensorflow")
+def test_checkpoint() -> None:
+    """What `tf.train.Checkpoint` wrote for Keras's optimizer, ours reads."""
+    import tensorflow as tf
+
+    nets = [compiled(kind) for kind in (Theirs, Adam)]
+    fit(nets[0], 1)
+    nets[1].optimizer.build(nets[1].trainable_variables)
+    with tempfile.TemporaryDirectory() as folder:
+        path = tf.train.Checkpoint(model=nets[0], optimizer=nets[0].optimizer).save(folder + "/c")
+        tf.train.Checkpoint(model=nets[1], optimizer=nets[1].optimizer).restore(
+            path
+        ).assert_existing_objects_matched()
+    same_training(nets[1], nets[0])
+
+
+@on("jax")
+def test_distribution() -> None:
+    """On 8 devices as on one; slots lie as the variables do."""
+    settings = {"learning_rate": 0.02, "global_clipnorm": 0.3, "weight_decay": 0.1, "use_ema": True}
+    alone = compiled(partial(Adam, **settings))
+    fit(alone)
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"])
+    layout = keras.distribution.LayoutMap(mesh)
+    layout["dense.*kernel"] = (None, "model")
+    for distribution in (
+        keras.distribution.DataParallel(),
+        keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"),
+    ):
+        with distribution.scope():
+            net = compiled(partial(Adam, **settings))
+            fit(net)
+            kernel, momentum = net.trainable_variables[0], net.optimizer._momentums[0]
+            assert len(kernel.value.sharding.device_set) == 8
+            assert kernel.value.sharding == momentum.value.sharding
+            same_training(net, alone)
+            # And outside of `fit`: eagerly.
+            trained = net.trainable_variables
+            net.optimizer.apply([ops.ones_like(v.value) for v in trained], trained)
+            assert len(kernel.value.sharding.device_set) == 8
+
+
+@on()
+def test_constraints_and_overwriting() -> None:
+    w = keras.Variable(np.array([1.0, -2.0], np.float32))
+    w.constraint = keras.constraints.NonNeg()
+    Adam(0.1).apply([ops.ones(2)], [w])
+    np.testing.assert_allclose(w.numpy(), [0.9, 0.0], rtol=1e-5)
+    for settings in ({}, {"gradient_accumulation_steps": 2}, {"use_ema": True}):
+        results = []
+        for kind in (Adam, Theirs):
+            w, scale = made([np.ones(2, np.float32)] * 2)
+            scale.overwrite_with_gradient = True
+            opt, seen = kind(0.1, **settings), []
+            for value in ([5.0, 1.0], [2.0, 3.0], [4.0, 0.5]):
+                opt.apply([ops.ones(2), ops.convert_to_tensor(np.float32(value))], [w, scale])
+                seen += [w.numpy().copy(), scale.numpy().copy()]
+            results.append([*seen, *host(opt.variables)])
+        same(*results)
+
+
+@on(*TRAINING)
+def test_sparse_gradients() -> None:
+    """With repeated ids: what the dense gradient gives."""
+    ends = []
+    for sparse in (True, False):
+        table = keras.Variable(np.ones((5, 2), np.float32))
+        opt = Adam(0.1, clipnorm=0.5)
+        for ids in ([1, 1, 3], [0, 2, 2], [1, 1, 1]):
+            values = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+            dense = np.zeros((5, 2), np.float32)
+            np.add.at(dense, ids, values)
+            opt.apply([sparse_tensor(values, ids) if sparse else tensors([dense])[0]], [table])
+        ends.append(table.numpy())
+    np.testing.assert_allclose(*ends, rtol=1e-6)
+    ends = []
+    ids = np.array([[1, 1, 2], [5, 0, 1]])
+    for sparse in (True, False):
+        begin()
+        first = keras.layers.Embedding(6, 3) if sparse else keras.layers.Dense(3, use_bias=False)
+        net = keras.Sequential([keras.Input((3,) if sparse else (3, 6)), first])
+        first.set_weights([np.arange(18, dtype=np.float32).reshape(6, 3)])
+        net.compile(Adam(0.1), "mse", jit_compile=False)
+        for _ in range(3):
+            net.train_on_batch(ids if sparse else np.eye(6)[ids], np.zeros((2, 3, 3), np.float32))
+        ends.append(net)
+    same(ends[0].weights, ends[1].weights)
+
+
+def sparse_tensor(values: Any, ids: list[int]) -> Any:
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(tf.constant(values), tf.constant(ids), (5, 2))
+    if BACKEND == "jax":
+        from jax.experimental import sparse
+
+        return sparse.BCOO((values, np.array(ids)[:, None]), shape=(5, 2))
+    import torch
+
+    return torch.sparse_coo_tensor([ids], torch.tensor(values), (5, 2), check_invariants=False)
+
+
+# --- the surface of an optimizer -----------------------------------------------------------------
+
+
+@on("jax", "torch", "numpy")
+def test_stateless_apply() -> None:
+    settings = {"learning_rate": 0.1, "use_ema": True, "clipvalue": 0.5}
+    params = made([np.ones((2, 3), np.float32), np.zeros(4, np.float32)])
+    opt, twin = Adam(**settings), made([p.numpy() for p in params])
+    opt.build(params)
+    stateful = Adam(**settings)
+    stateful.build(twin)
+    given = [[p.value for p in params], [v.value for v in opt.variables]]
+    before = [host(each) for each in given]
+    values, state = given
+    for step in range(3):
+        g = gradients(step, shapes=[(2, 3), (4,)])
+        values, state = opt.stateless_apply(state, tensors(g), values)
+        stateful.apply(tensors(g), twin)
+    for each, held in zip(given, before, strict=True):
+        same(each, held, rtol=0, atol=0)
+    same(params, before[0], rtol=0, atol=0)
+    same(values, twin)
+    same(state, stateful.variables)
+    # And the optimizer's own state is found again.
+    opt.apply(tensors(gradients(0, shapes=[(2, 3), (4,)])), params)
+    assert int(opt.iterations) == 1 and not np.array_equal(params[0].numpy(), before[0][0])
+
+
+@on()
+def test_values_assigned_between_steps_count() -> None:
+    w = keras.Variable(np.ones(2, np.float32))
+    opt = Adam(0.1)
+    opt.apply([ops.ones(2)], [w])
+    w.assign(ops.full((2,), 5.0))
+    saved = [v.numpy() for v in opt.variables]
+    opt.set_weights([np.zeros_like(v) if i != 1 else v for i, v in enumerate(saved)])
+    opt.apply([ops.ones(2)], [w])
+    np.testing.assert_allclose(w.numpy(), 4.9, rtol=1e-5)
+    same(opt.variables, saved)
+    opt.weight_decay, opt.clipnorm = 1.0, 0.5
+    opt.clipnorm, opt.clipvalue = None, 0.5
+    opt.apply([ops.ones(2)], [w])
+    assert w.numpy()[0] < 4.9 - 0.4
+
+
+@on()
+def test_update_step_and_subclasses() -> None:
+    class Halved(Adam):
+        def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+            super().update_step(gradient, variable, learning_rate / 2)
+
+    w = keras.Variable(np.ones(2, np.float32))
+    opt = Halved(0.1, weight_decay=1.0, name="halved")
+    opt.apply([ops.ones(2)], [w])
+    np.testing.assert_allclose(w.numpy(), 1 - 0.1 - 0.05, rtol=1e-5)
+    assert int(opt.iterations) == 1
+
+
+@on()
+def test_missing_gradients_and_averages() -> None:
+    a, b = params = made([np.ones(2, np.float32)] * 2)
+    opt = Adam(0.1, use_ema=True, ema_momentum=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.apply([ops.ones(2), None], params)
+    assert "w1" in str(caught[-1].message)
+    assert a.numpy()[0] < 1.0 == b.numpy()[0]
+    opt.apply([ops.ones(2), ops.ones(2)], params)
+    opt.finalize_variable_values(params)
+    np.testing.assert_allclose(a.numpy(), 0.85, rtol=1e-5)
+    with raises(ValueError, "No gradients"):
+        opt.apply([None, None], params)
+    fresh = Adam(use_ema=True)
+    fresh.build(params)
+    with raises(ValueError, "before the first step"):
+        fresh.finalize_variable_values(params)
+
+
+@on()
+def test_bad_input_changes_nothing() -> None:
+    for wrong in ({"beta_1": 1.5}, {"epsilon": -1.0}, {"clipnorm": -3.0}, {"learning_rate": -1.0}):
+        with raises(ValueError, next(iter(wrong))):
+            Adam(**wrong)
+    with raises(ValueError, "clip"):
+        Adam(clipnorm=1.0, clipvalue=1.0)
+    with raises(ValueError, "momentum_decay"):
+        Adam(momentum_decay=0.5)
+    kernel, bias = made([np.ones((2, 3), np.float32), np.ones(3, np.float32)])
+    opt = Adam(0.1)
+    opt.build([kernel, bias])
+    ones = ops.ones((2, 3))
+    for error, grads, given in (
+        (ValueError, [ones, ops.ones(2)], [kernel, bias]),
+        (TypeError, [ones, "no array"], [kernel, bias]),
+        (ValueError, [ones], [kernel, bias]),
+        (ValueError, [ones, ones], [kernel, kernel]),
+        (ValueError, [ones, ones], [kernel, keras.Variable(np.ones((2, 3), np.float32))]),
+    ):
+        with raises(error):
+            opt.apply(grads, given)
+        assert np.all(kernel.numpy() == 1.0) and int(opt.iterations) == 0
+        assert all(np.all(v.numpy() == 0) for v in opt._momentums)
+    with raises(ValueError, "build"):
+        Adam().apply([ones])
+    with raises(TypeError, "int32"):
+        Adam().build([keras.Variable(np.ones(2), dtype="int32", trainable=False)])
+    with raises(ValueError, "use_ema", "cannot be changed"):
+        opt.use_ema = True
+        opt.apply([ones, ops.ones(3)], [kernel, bias])
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == BACKEND
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+        )
+    chosen = sys.argv[2:]
+    for test in TESTS:
+        if not chosen or any(word in test.__name__ for word in chosen):
+            test()
+            print(test.__name__, flush=True)
