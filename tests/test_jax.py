@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import re
@@ -35,6 +36,8 @@ from cases import (
     with_missing,
 )
 from omniadam import Adam, AdamW, Optimizer, schedules
+from omniadam.adam import _ADAM
+from omniadam.rule import RuleKey, make_adam
 from reference import Array, Reference
 
 jax = pytest.importorskip("jax")
@@ -63,9 +66,13 @@ SETTINGS = {"plain": {"learning_rate": 0.01}, "everything": EVERYTHING, "accumul
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
-@pytest.fixture(params=["open", "public"])
+@pytest.fixture(params=["kernels", "xla", "public"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Arrays taken out of Refs; and what is left if a version of JAX has them elsewhere."""
+    """Arrays taken out of Refs, by the kernels of the CPU and by XLA alone; and what is left if a
+    version of JAX has them elsewhere.
+    """
+    if request.param == "xla":
+        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
     if request.param == "public":
         monkeypatch.setattr(backend, "refs_are_open", lambda: False)
         slower = lambda: not isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)  # noqa: E731
@@ -152,11 +159,6 @@ def numpy_run(
     for step in range(steps):
         opt.apply_gradients(zip(gradients(step, shapes), params, strict=True))
     return opt, params
-
-
-@pytest.fixture(autouse=True)
-def _without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
 
 
 # --- Numbers -------------------------------------------------------------------------------------
@@ -448,6 +450,86 @@ def test_peak_memory() -> None:
         pure = jax.jit(lambda w, s, g, o=opt: o.stateless_apply(s, g, w), donate_argnums=(0, 1))
         memory = pure.lower(arrays, opt.variables, given).compile().memory_analysis()
         assert memory.temp_size_in_bytes < largest / 20
+
+
+# --- The kernels of the CPU ----------------------------------------------------------------------
+
+
+def compiled_step(opt: Optimizer, given: list[Any]) -> str:
+    """The one program that the steps of an optimizer were compiled to."""
+    (program,) = opt._recent.prepared["programs"].values()  # type: ignore[union-attr]
+    arrays = [[place._buf for place in each] for each in (program._changed, program._kept)]
+    text: str = program._compiled.lower(*arrays, given, None).compile().as_text()
+    return text
+
+
+@pytest.mark.parametrize("why_not", ["", "version", "OMNIADAM_KERNEL", "rule"])
+def test_a_step_is_one_call_of_a_kernel(why_not: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why_not == "version":
+        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
+    if why_not == "OMNIADAM_KERNEL":
+        monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
+    kind: type[Adam] = Local if why_not == "rule" else Adam
+    for settings, calls in (SETTINGS["plain"], 1), (EVERYTHING | {"amsgrad": False}, 2):
+        opt, params = kind(**settings), refs_of(start())
+        for step in range(4):
+            opt.apply_gradients(zip(grads(step), params, strict=True))
+        text = compiled_step(opt, grads(0))
+        assert text.count('custom_call_target="omniadam_kernel"') == (0 if why_not else calls)
+        theirs, wanted = numpy_run(settings, 4)
+        assert_near(values_of(params), wanted)
+        assert_near(opt.get_weights(), theirs.get_weights())
+
+
+class Local(Adam):
+    """With a rule that no kernel can be made of, since its function is not a module's."""
+
+    @property
+    def _rule(self) -> RuleKey:
+        return RuleKey(lambda *args, **settings: make_adam(*args, **settings), *_ADAM[1:])
+
+
+def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over chunks are added in order of memory, whoever computed them."""
+    shapes, results = ((700, 1000), (3,), (300, 400)), []
+    for threads in "1", "3":
+        monkeypatch.setenv("OMNIADAM_NUM_THREADS", threads)
+        opt, params = Adam(**EVERYTHING), refs_of(start(shapes))
+        for step in range(5):
+            opt.apply_gradients(zip(grads(step, shapes), params, strict=True))
+        results.append(everything(opt, params))
+    assert results[0] == results[1]
+    theirs, wanted = numpy_run(EVERYTHING, 5, shapes)
+    assert_near(values_of(params), wanted)
+    assert_near(opt.get_weights(), theirs.get_weights())
+
+
+def test_an_optimizer_may_go_while_its_step_runs() -> None:
+    shapes = ((1000, 1000),)
+    given = grads(0, shapes)
+    for _ in range(5):
+        opt, params = Adam(), refs_of(start(shapes))
+        count = opt.apply_gradients(zip(given, params, strict=True))
+        del opt, params
+        gc.collect()
+    assert backend._left
+    jax.block_until_ready(count)
+    backend._drop_jobs()
+    assert not backend._left
+
+
+def test_the_process_may_end_while_a_step_runs() -> None:
+    code = """
+import jax, jax.numpy as jnp
+from omniadam import Adam
+x = jnp.ones((2000, 2000))
+slow = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda _, y: y @ y / jnp.max(y), x))
+ref, opt = jax.new_ref(x + 0), Adam()
+opt.apply_gradients([(x, ref)])
+opt.apply_gradients([(slow(x), ref)])
+print("stepped")
+"""
+    assert run_elsewhere(code) == "stepped\n"
 
 
 # --- In compiled functions -----------------------------------------------------------------------
@@ -1322,7 +1404,7 @@ print(*{m.partition(".")[0] for m in sys.modules})
 
 
 def test_a_step_imports_jax_alone() -> None:
-    foreign = {"torch", "tensorflow", "keras", "tf_keras", "optax", "numba"}
+    foreign = {"torch", "tensorflow", "keras", "tf_keras", "optax"}
     assert not foreign & set(run_elsewhere(STEP).split())
     assert "optax" in run_elsewhere(f"import optax{STEP}").split()  # that this can fail
 
@@ -1334,5 +1416,5 @@ def test_the_example() -> None:
 
 def test_this_version_of_jax_is_fast() -> None:
     assert re.match(r"\d+\.\d+", jax.__version__)
-    assert backend.refs_are_open()
+    assert backend.refs_are_open() and backend._kernels_work()
     assert backend.nothing_is_traced.__module__ == "jax._src.core"

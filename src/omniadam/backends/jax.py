@@ -7,9 +7,11 @@ taken out of the Refs and donated, and the new ones are put back.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import math
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -25,6 +27,8 @@ from jax import lax
 from jax.core import Tracer
 
 from .. import options
+from ..kernels import xla
+from ..rule import Pass, RuleKey, make_adam
 from .base import FLOATS, HALVES, Entry, Selection, received
 from .functional import Functional
 from .host import Numbers
@@ -190,6 +194,8 @@ class JAX(Functional):
         self._stand_ins: dict[int, Any] = {}
         self._given: dict[int, Any] = {}  # those of the step that runs
         self._is_rehearsing = False
+        # While a step is compiled that runs on the CPU kernels: what these need to live on.
+        self._jobs: list[Any] | None = None
         # After an eager step: by identity of a counter, an array with its value.
         self._counts: dict[int, Any] = {}
 
@@ -520,6 +526,69 @@ class JAX(Functional):
         changed = [v for key, (v, _) in cells.items() if key in self._stored]
         return changed, [v for key, (v, _) in cells.items() if key not in self._stored]
 
+    def square_sums(
+        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
+    ) -> list[Any]:
+        if self._jobs is None or not xla.serves(rule):
+            return super().square_sums(kind, rule, selection, gradients, pass_c)
+        sums: dict[int, Any] = {}
+        entries = selection.entries
+        for dtype, gradient_dtype, _, chosen in _groups(kind, entries, gradients):
+            wide = entries[chosen[0]].slot_dtype
+            sizes = [math.prod(entries[i].shape) for i in chosen]
+            job = xla.Job(kind, rule, dtype, gradient_dtype, sizes, squares=True)
+            self._jobs.append(job)
+            arrays = [
+                *(self.read(entries[i].accumulator) for i in chosen if kind.accumulated),
+                *(_readable(gradients[i], wide) for i in chosen),
+            ]
+            coefficients = self._row((0.0,) * 4, pass_c, (), wide)
+            form = jax.ShapeDtypeStruct((len(chosen),), wide)
+            found = jax.ffi.ffi_call(_TARGET, form)(job.plan, coefficients, *arrays)
+            sums.update(zip(chosen, found, strict=True))
+        return [sums[i] for i in range(len(entries))]
+
+    def sweep(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        factors: Sequence[Any],
+        rule_c: Sequence[Any],
+        pass_c: Sequence[Any],
+    ) -> None:
+        if self._jobs is None or not xla.serves(rule):
+            super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+            return
+        entries = selection.entries if kind.gradient else selection.rest
+        for dtype, gradient_dtype, decayed, chosen in _groups(kind, entries, gradients):
+            wide = entries[chosen[0]].slot_dtype
+            sizes = [math.prod(entries[i].shape) for i in chosen]
+            decaying = kind._replace(decayed=decayed)
+            job = xla.Job(decaying, rule, dtype, gradient_dtype, sizes)
+            self._jobs.append(job)
+            touched = [v for i in chosen for v in _streams(kind, entries[i])]
+            is_stored = [v for i in chosen for v in _are_stored(kind, entries[i])]
+            old = [self.read(v) for v in touched]
+            stored = [i for i, is_ in enumerate(is_stored) if is_]
+            call = jax.ffi.ffi_call(
+                _TARGET,
+                [jax.ShapeDtypeStruct(old[i].shape, old[i].dtype) for i in stored],
+                input_output_aliases={2 + i: k for k, i in enumerate(stored)},
+            )
+            chosen_factors = [factors[i] for i in chosen if kind.clipped_by_factor]
+            coefficients = self._row(rule_c, pass_c, chosen_factors, wide)
+            given = [_readable(gradients[i], wide) for i in chosen if kind.gradient]
+            for i, new in zip(stored, call(job.plan, coefficients, *old, *given), strict=True):
+                self.write(touched[i], new)
+
+    def _row(
+        self, rule_c: Sequence[Any], pass_c: Sequence[Any], factors: Sequence[Any], dtype: str
+    ) -> Any:
+        """All coefficients as one array."""
+        return jnp.stack([jnp.asarray(v, dtype) for v in (*rule_c, *pass_c, *factors)])
+
     def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
         if isinstance(condition, Tracer):
             super().branch(condition, yes, no)
@@ -615,6 +684,101 @@ class JAX(Functional):
         return list(vjp(jnp.asarray(grad_loss, value.dtype)))
 
 
+# --- the kernels of the CPU ---
+
+_TARGET = "omniadam_kernel"
+
+
+def _groups(
+    kind: Pass, entries: Sequence[Entry], gradients: Sequence[Any]
+) -> list[tuple[str, str, bool, list[int]]]:
+    """Positions of the entries that one kernel serves, under the types and whether they decay."""
+    groups: dict[tuple[str, str, bool], list[int]] = {}
+    for i, entry in enumerate(entries):
+        given = gradients[i].dtype.name if kind.gradient else entry.dtype
+        given = given if given in FLOATS else entry.slot_dtype
+        groups.setdefault((entry.dtype, given, kind.decayed and entry.decayed), []).append(i)
+    return [(*key, chosen) for key, chosen in groups.items()]
+
+
+def _streams(kind: Pass, entry: Entry) -> list[Any]:
+    """What a pass touches of an entry, in the order that a `Job` takes it."""
+    return [
+        entry.variable,
+        *(entry.slots if kind.updates else ()),
+        *([entry.accumulator] if kind.accumulated else ()),
+        *([entry.average] if kind.averaged else ()),
+    ]
+
+
+def _are_stored(kind: Pass, entry: Entry) -> list[bool]:
+    return [kind.stores_variable, *[True] * (len(_streams(kind, entry)) - 1)]
+
+
+def _readable(gradient: Any, dtype: str) -> Any:
+    """A gradient of a type that kernels read."""
+    return gradient if gradient.dtype.name in FLOATS else gradient.astype(dtype)
+
+
+@cache
+def _kernels_work() -> bool:
+    """Whether this version of JAX calls the kernels: tried on two numbers that each move by 1."""
+    try:
+        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(xla.handler()), platform="cpu")
+        rule = RuleKey(make_adam, ("momentum", "velocity"), (("amsgrad", False),))
+        job = xla.Job(Pass(gradient=True, updates=True), rule, "float32", "float32", [2])
+        form = jax.ShapeDtypeStruct((2,), np.float32)
+        call = jax.ffi.ffi_call(_TARGET, [form] * 3, input_output_aliases={2: 0, 3: 1, 4: 2})
+        w, g, zero, c = (
+            np.array(x, np.float32) for x in ([1, 2], [3, -4], [0, 0], [1, 1, 1, 0, *[0] * 8])
+        )
+        with jax.default_device(jax.devices("cpu")[0]):
+            w, m, v = jax.jit(call)(job.plan, c, w, zero, zero, g)
+        return [*w.tolist(), *m.tolist(), *v.tolist()] == [0.0, 3.0, 3.0, -4.0, 9.0, 16.0]
+    except Exception:
+        return False
+
+
+def _is_on_cpu(variable: Any) -> bool:
+    devices = variable.sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+class _Running:
+    """The jobs of a program, which must live until the last step that it began is over."""
+
+    def __init__(self, jobs: list[Any], counters: list[tuple[int, _Place]]) -> None:
+        self._jobs, self._counters = jobs, counters
+
+    def _last(self) -> list[Any]:
+        counts = [place._buf for _, place in self._counters]
+        return [x for x in counts if x is not None and not x.is_deleted()]
+
+    def is_over(self) -> bool:
+        return all(x.is_ready() for x in self._last())
+
+    def wait(self) -> None:
+        jax.block_until_ready(self._last())
+
+
+_running: set[_Running] = set()
+# Of programs that are gone. The garbage collector may have come in the middle of anything, where
+# JAX must not be asked whether a step is over: the next program asks.
+_left: list[_Running] = []
+
+
+def _drop_jobs() -> None:
+    for each in [each for each in _left if each.is_over()]:
+        _left.remove(each)
+        _running.discard(each)
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    for each in _running:
+        each.wait()
+
+
 class _NotOurs(Exception):
     """The step calls an `update_step` that a user wrote, which is run as it is."""
 
@@ -651,24 +815,40 @@ class Program:
                 strong = jnp.array(each._buf, each._buf.dtype)
                 each._buf = jax.device_put(strong, each._buf.sharding)
 
-        def omniadam_step(
-            old: list[Any], others: list[Any], gradients: list[Any], rate: Any
-        ) -> list[Any]:
+        def step(old: list[Any], others: list[Any], gradients: list[Any], rate: Any) -> list[Any]:
             cells = {id(v): (v, x) for v, x in zip(changed, old, strict=True)}
             cells |= {id(v): (v, x) for v, x in zip(kept, others, strict=True)}
             backend.inline(lambda: advance(gradients, rate), selection, cells)
             # A count that is returned is no memory of a Ref, which the next step overwrites.
             return [cells[id(v)][1] for v in (*changed, *counters)]
 
+        def omniadam_step(
+            old: list[Any], others: list[Any], gradients: list[Any], rate: Any
+        ) -> list[Any]:
+            backend._jobs = jobs if has_kernels else None
+            try:
+                return step(old, others, gradients, rate)
+            finally:
+                backend._jobs = None
+
+        jobs: list[Any] = []
+        has_kernels = self._owns and all(map(_is_on_cpu, changed)) and _kernels_work()
         places = None
         if any(len(v.sharding.device_set) > 1 for v in changed):
             places = [v.sharding for v in (*changed, *counters)]
         self._compiled = jax.jit(omniadam_step, donate_argnums=0, out_shardings=places)
-        self._keeping = jax.jit(omniadam_step, out_shardings=places)
+        self._keeping = jax.jit(step, out_shardings=places)
+        if has_kernels:
+            _drop_jobs()
+            running = _Running(jobs, self._counters)
+            _running.add(running)
+            weakref.finalize(self, _left.append, running)
 
     def __call__(self, gradients: Any, rate: Any) -> None:
         # Where NaN raises an error, the old values are still needed then.
-        donates = self._owns and not (jax.config.jax_debug_nans or jax.config.jax_debug_infs)
+        config = jax.config
+        keeps = config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
+        donates = self._owns and not keeps
         compiled = self._compiled if donates else self._keeping
         old, others = [ref._buf for ref in self._changed], [ref._buf for ref in self._kept]
         # Once the old arrays are given away, the new ones must reach their Refs. This is one call

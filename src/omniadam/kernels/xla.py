@@ -1,0 +1,277 @@
+"""The CPU kernels inside a program of XLA: one custom call, in place on the buffers that XLA gives.
+
+XLA makes a loop of each array that a step returns: momentum, velocity and variable are passed over
+one after the other, and each loop of each variable is a task of its own. The kernels of `cpu.py`
+pass once over all of them. XLA calls them through its stable interface for foreign functions
+(`xla/ffi/api/c_api.h`, shipped with jaxlib), as machine code: no Python runs, and no lock of the
+interpreter is needed, so that a step stays as asynchronous as any other program of JAX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..rule import Pass, RuleKey
+from . import cpu, jit
+
+# What a job holds beside the words that a kernel reads.
+_KERNEL, _TASK, _HELPERS, _YIELD, _COUNT_OF_PLACES, _PLACES, _COEFFICIENTS = range(
+    cpu._WORDS, cpu._WORDS + 7
+)
+_COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS = range(cpu._WORDS + 7, cpu._WORDS + 10)
+_ARGUMENTS = cpu._WORDS + 10  # five words, of which XLA's functions take their arguments
+_WORDS = _ARGUMENTS + 5
+_RULE_C, _PASS_C = 4, 8  # how many coefficients there are
+
+
+def _primitives() -> tuple[Any, Any]:
+    """Calls of functions by their address: of C, and of Numba's kernels."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    word, status = ir.IntType(64), ir.IntType(32)
+
+    @intrinsic
+    def call(_: Any, function: Any, argument: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(word, [word])
+            return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+
+        return types.int64(types.int64, types.int64), generate
+
+    @intrinsic
+    def call_kernel(_: Any, function: Any, result: Any, argument: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(status, [word, word, word])
+            kernel = builder.inttoptr(args[0], kind.as_pointer())
+            builder.call(kernel, [args[1], word(0), args[2]])
+            return args[2]
+
+        return types.int64(types.int64, types.int64, types.int64), generate
+
+    return call, call_kernel
+
+
+def _build_handler() -> Any:
+    """What XLA calls: it is given a frame, whose words are those of `XLA_FFI_CallFrame`."""
+    import numba
+
+    p = cpu._primitives()
+    call, call_kernel = _primitives()
+    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
+    int32, float32 = numba.types.int32, numba.types.float32
+    fetch_add = p.fetch_add
+
+    @p.njit
+    def data_of(buffer: int) -> Any:
+        return view(to_pointer(buffer + 24, int64), (1,))[0]
+
+    def handler(frame: int) -> Any:
+        f = view(to_pointer(frame, int64), (15,))
+        if f[1] != 0:  # XLA asks which version this is written for: any of major version 0
+            extension = view(to_pointer(f[1], int64), (4,))
+            version = view(to_pointer(extension[3] + 24, int32), (2,))
+            given = view(to_pointer(f[2] + 32, int32), (2,))
+            version[0], version[1] = 0, given[1]
+            return 0
+        if view(to_pointer(frame + 32, int32), (1,))[0] != 3:  # not the stage of execution
+            return 0
+        arguments = view(to_pointer(f[9], int64), (f[7],))
+        job = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
+        j = view(to_pointer(job, int64), (_WORDS,))
+        n = j[_COUNT_OF_COEFFICIENTS]
+        to = view(to_pointer(j[_COEFFICIENTS], float64), (n,))
+        if view(to_pointer(arguments[1] + 16, int32), (1,))[0] == 12:  # XLA_FFI_DataType_F64
+            wide = view(to_pointer(data_of(arguments[1]), float64), (n,))
+            for i in range(n):
+                to[i] = wide[i]
+        else:
+            narrow = view(to_pointer(data_of(arguments[1]), float32), (n,))
+            for i in range(n):
+                to[i] = float64(narrow[i])
+        places = view(to_pointer(j[_PLACES], int64), (j[_COUNT_OF_PLACES],))
+        for i in range(j[_COUNT_OF_PLACES]):
+            view(to_pointer(places[i], int64), (1,))[0] = data_of(arguments[2 + i])
+        # A helper may come as late as this from the step before: it finds nothing to do until all
+        # the rest is in its place.
+        fetch_add(job + 8 * cpu._DONE, -j[cpu._DONE])
+        fetch_add(job + 8 * cpu._NEXT, -j[cpu._NEXT])
+        for _ in range(j[_HELPERS]):
+            j[_ARGUMENTS], j[_ARGUMENTS + 1], j[_ARGUMENTS + 2] = 40, 0, f[3]
+            j[_ARGUMENTS + 3], j[_ARGUMENTS + 4] = j[_TASK], job
+            schedule = view(to_pointer(f[2] + 136, int64), (1,))[0]
+            error = call(schedule, job + 8 * _ARGUMENTS)
+            if error != 0:  # there is no pool of threads
+                j[_ARGUMENTS], j[_ARGUMENTS + 1], j[_ARGUMENTS + 2] = 24, 0, error
+                destroy = view(to_pointer(f[2] + 64, int64), (1,))[0]
+                call(destroy, job + 8 * _ARGUMENTS)
+        call_kernel(j[_KERNEL], job + 8 * cpu._RESULT, job)
+        while fetch_add(job + 8 * cpu._DONE, 0) < j[cpu._COUNT]:
+            if j[_YIELD] != 0:
+                call(j[_YIELD], 0)
+        if j[_FIRST_CHUNKS] != 0:
+            partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu._COUNT],))
+            first = view(to_pointer(j[_FIRST_CHUNKS], int64), (j[_TENSORS] + 1,))
+            result = view(to_pointer(f[14], int64), (1,))[0]
+            sums = view(to_pointer(data_of(result), float32), (j[_TENSORS],))
+            sums_wide = view(to_pointer(data_of(result), float64), (j[_TENSORS],))
+            is_wide = view(to_pointer(result + 16, int32), (1,))[0] == 12
+            for tensor in range(j[_TENSORS]):
+                total = 0.0
+                for k in range(first[tensor], first[tensor + 1]):
+                    total += partials[k]
+                if is_wide:
+                    sums_wide[tensor] = total
+                else:
+                    sums[tensor] = float32(total)
+        return 0
+
+    return handler
+
+
+def _build_task() -> Any:
+    """What a helper runs: a kernel, by the address of its job."""
+    p = cpu._primitives()
+    _, call_kernel = _primitives()
+    int64, view, to_pointer = p.int64, p.view, p.to_pointer
+
+    def task(job: int) -> Any:
+        j = view(to_pointer(job, int64), (_WORDS,))
+        return call_kernel(j[_KERNEL], job + 8 * cpu._IGNORED, job)
+
+    return task
+
+
+def _compiled(build: Any) -> jit.Kernel:
+    sources = (jit.source_of(__name__), jit.source_of(cpu.__name__))
+    return jit.compiled(build, build.__name__, sources, frozenset())
+
+
+def _address_of(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
+def _entry(build: Any) -> int:
+    """The address of a kernel as C calls it: with its argument alone, returning its result."""
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+
+    word, status = ir.IntType(64), ir.IntType(32)
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(word, [word]), "entry")
+    builder = ir.IRBuilder(function.append_basic_block())
+    result = builder.alloca(word)
+    kernel = ir.FunctionType(status, [word, word, word]).as_pointer()
+    target = builder.inttoptr(word(_address_of(_compiled(build))), kernel)
+    builder.call(target, [builder.ptrtoint(result, word), word(0), function.args[0]])
+    builder.ret(builder.load(result))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), jit._machine())
+    engine.finalize_object()
+    jit._keep.append(engine)
+    return int(engine.get_function_address("entry"))
+
+
+@cache
+def handler() -> int:
+    """The address of what XLA is to call."""
+    return _entry(_build_handler)
+
+
+@cache
+def _yield() -> int:
+    try:
+        return _address_of(ctypes.CDLL(None).sched_yield)
+    except (AttributeError, OSError, TypeError):  # it waits without then
+        return 0
+
+
+# A helper may ask for work when the step that it was called for is over, and the optimizer gone:
+# the words of a job are never freed. All else that they point to is its own.
+_words_of_all: list[cpu.Int64s] = []
+
+
+def serves(rule: RuleKey) -> bool:
+    """Whether there can be a kernel of this rule: see `cpu`."""
+    is_at_top_level = "<" not in rule.make.__qualname__
+    return cpu.available() and is_at_top_level and len(rule.slots) <= 3
+
+
+class Job:
+    """A pass over variables of one element type, whose memory is known when it runs.
+
+    The operands of the call are `plan`, the coefficients (the rule's four, those of the pass, and
+    a factor a variable if the pass clips by one), and the arrays: variable by variable what the
+    pass touches beside the gradient, as in `streams`, and then all gradients. It must live until
+    the last call has run.
+
+    Args:
+        kind: what the pass does.
+        rule: the optimizer's rule.
+        dtype: of the variables; float32, float64, float16 or bfloat16.
+        gradient_dtype: of every gradient; likewise.
+        sizes: in elements, one a variable.
+        squares: whether it only sums the squares of each gradient.
+    """
+
+    def __init__(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        dtype: str,
+        gradient_dtype: str,
+        sizes: Sequence[int],
+        *,
+        squares: bool = False,
+    ) -> None:
+        n, slots = len(sizes), len(rule.slots)
+        if squares:
+            kernel, width = cpu._squares_kernel(kind, gradient_dtype, dtype), 1
+            columns = [0] if kind.accumulated else []
+        else:
+            kernel, width = cpu._pass_kernel(kind, rule, dtype, gradient_dtype), slots + 3
+            columns = [0, *(range(1, slots + 1) if kind.updates else ())]
+            columns += [slots + 1] if kind.accumulated else []
+            columns += [slots + 2] if kind.averaged else []
+        self._chunks = cpu._dense_chunks(sizes)
+        self._addresses = np.zeros(n * width + n, np.int64)
+        rows = self._addresses.ctypes.data
+        gradients = rows + 8 * n * width
+        places = [rows + 8 * (i * width + column) for i in range(n) for column in columns]
+        if kind.gradient:
+            places += range(gradients, gradients + 8 * n, 8)
+        self._places = np.array(places, np.int64)
+        # Of a sum of squares the factors are not read.
+        self._coefficients = np.zeros(_RULE_C + _PASS_C + n)
+        at = self._coefficients.ctypes.data
+        self._partials = np.zeros(len(self._chunks))
+        first = np.searchsorted(self._chunks[:, 0], np.arange(n + 1))
+        self._first = np.ascontiguousarray(first, np.int64)
+        helpers = 0
+        if sum(sizes) >= cpu.PARALLEL:
+            helpers = max(0, min(cpu.threads(), len(self._chunks)) - 1)
+        self._words = words = np.zeros(_WORDS, np.int64)
+        _words_of_all.append(words)
+        words[cpu._ADDRESSES], words[cpu._GRADIENTS] = rows, gradients
+        words[cpu._CHUNKS], words[cpu._COUNT] = self._chunks.ctypes.data, len(self._chunks)
+        words[cpu._RULE], words[cpu._PASS] = at, at + 8 * _RULE_C
+        words[cpu._FACTORS] = at + 8 * (_RULE_C + _PASS_C)
+        words[cpu._PARTIALS] = self._partials.ctypes.data
+        words[_KERNEL], words[_TASK] = _address_of(kernel), _entry(_build_task)
+        words[_HELPERS], words[_YIELD] = helpers, _yield()
+        words[_PLACES], words[_COUNT_OF_PLACES] = self._places.ctypes.data, len(places)
+        is_factored = kind.clipped_by_factor and not squares
+        words[_COEFFICIENTS] = at
+        words[_COUNT_OF_COEFFICIENTS] = _RULE_C + _PASS_C + n * is_factored
+        words[_FIRST_CHUNKS], words[_TENSORS] = self._first.ctypes.data * squares, n
+
+    @property
+    def plan(self) -> Any:
+        """The first operand: the address of the job, as two numbers of 32 bits."""
+        return np.array([self._words.ctypes.data], np.int64).view(np.uint32)
