@@ -70,6 +70,34 @@ def adam_coefficients(
     )
 
 
+class OptaxCoefficients(NamedTuple):
+    """What `nesterov` and `rooted` need, after those of Adam; only optax has these two."""
+
+    ahead: Value  # what m weighs in the step
+    fresh: Value  # and g
+    root: Value  # what is added to v under the square root
+
+
+def optax_coefficients(
+    functions: Functions,
+    t: Value,
+    beta_1: Value,
+    beta_2: Value,
+    epsilon_root: Value,
+    *,
+    epsilon_hat: bool,
+) -> OptaxCoefficients:
+    """Coefficients of step t = 1, 2, ...; `epsilon_root` is corrected as v is, unless it is hat."""
+    log_1 = functions.log(beta_1)
+    correction_1, next_1 = -functions.expm1(t * log_1), -functions.expm1((t + 1) * log_1)
+    correction_2 = -functions.expm1(t * functions.log(beta_2))
+    return OptaxCoefficients(
+        ahead=beta_1 * correction_1 / next_1,
+        fresh=1 - beta_1,
+        root=epsilon_root if epsilon_hat else epsilon_root * correction_2,
+    )
+
+
 def make_adam(
     sqrt: Callable[[Value], Value],
     maximum: Callable[[Value, Value], Value],
@@ -77,23 +105,30 @@ def make_adam(
     amsgrad: bool,
     short_1: bool = False,
     short_2: bool = False,
+    nesterov: bool = False,
+    rooted: bool = False,
 ) -> Rule:
     """Adam (Kingma & Ba 2014) or, with `amsgrad`, AMSGrad (Reddi et al. 2018, Algorithm 2).
 
     Slots are (m, v), or (m, v, v_hat) with `amsgrad`; `maximum` must propagate NaN. `short_1` and
     `short_2` are for a beta below one half: the mean is then taken from the gradient's side, so
-    that of a far larger old value no more than its share is left, not its rounding as well.
+    that of a far larger old value no more than its share is left, not its rounding as well. With
+    `nesterov` the step is made by the momentum that the next one would have if its gradient were
+    this one again (Dozat 2016, as optax has it); with `rooted` a constant is under the square root.
     """
 
     def adam(w: Value, g: Value, slots: Values, c: Values) -> tuple[Value, Values]:
-        alpha, weight_1, weight_2, epsilon = c
+        alpha, weight_1, weight_2, epsilon = c[0], c[1], c[2], c[3]
         m, v, squared = slots[0], slots[1], g * g
         m = g + (m - g) * weight_1 if short_1 else m + (g - m) * weight_1
         v = squared + (v - squared) * weight_2 if short_2 else v + (squared - v) * weight_2
+        step = m * c[4] + g * c[5] if nesterov else m
         if amsgrad:
             v_hat = maximum(slots[2], v)
-            return w - alpha * m / (sqrt(v_hat) + epsilon), (m, v, v_hat)
-        return w - alpha * m / (sqrt(v) + epsilon), (m, v)
+            root = sqrt(v_hat + c[6]) if rooted else sqrt(v_hat)
+            return w - alpha * step / (root + epsilon), (m, v, v_hat)
+        root = sqrt(v + c[6]) if rooted else sqrt(v)
+        return w - alpha * step / (root + epsilon), (m, v)
 
     return adam
 

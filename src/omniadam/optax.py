@@ -1,0 +1,300 @@
+"""Adam and AdamW with the interface of optax: change the import, keep everything else.
+
+Nothing is computed here. The state is optax's own (`optax.ScaleByAdamState` in the tuple that
+`optax.chain` makes), so that states and checkpoints of either are those of the other; so are
+`chain`, the learning rate and the weight decay. Only the direction of a step comes from our rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import options
+from .backends.base import HALVES
+from .backends.jax import Arrays, Scalars
+from .rule import adam_coefficients, make_adam, optax_coefficients
+
+__all__ = ["adam", "adamw", "scale_by_adam", "step"]
+
+
+def adam(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    epsilon_hat: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adam` with the same arguments, state and numbers; docs/optax.md says what differs.
+
+    Args:
+        learning_rate: a number, a scalar array, or a schedule: a callable that maps the count of
+            steps before this one to a number, such as those of optax and of `omniadam.schedules`.
+        b1: 0 <= number < 1, or a scalar array, as are the next three; what the momentum keeps.
+        b2: what the velocity keeps.
+        eps: number >= 0, added to the root of the corrected velocity.
+        eps_root: number >= 0, added to the corrected velocity under the root.
+        mu_dtype: type of the momentum in the state; None for that of the parameters.
+        nesterov: whether to use Nesterov's momentum: `optax.nadam`.
+        epsilon_hat: whether `eps` and `eps_root` are outside of the bias correction: the "epsilon
+            hat" of the paper, as in Keras.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`: `init(params)` gives the state, and
+        `update(grads, state, params)` updates of the shapes and types of the gradients, and the
+        new state.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+        TypeError: of `init` and `update`, for a leaf that is not real and floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from omniadam.optax import adam
+        >>> solver = adam(0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = solver.init(params)
+        >>> for _ in range(3):
+        ...     grads = jax.grad(lambda w: jnp.sum(w * w))(params)
+        ...     updates, state = solver.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> [round(float(x), 3) for x in params]
+        [0.702, -1.701]
+
+    Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; Dozat 2016,
+    https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ; optax/_src/alias.py.
+    """
+    return optax.chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, epsilon_hat=epsilon_hat),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    epsilon_hat: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw`: `adam` with decoupled weight decay.
+
+    Args:
+        learning_rate: as in `adam`.
+        b1: as in `adam`.
+        b2: as in `adam`.
+        eps: as in `adam`.
+        eps_root: as in `adam`.
+        mu_dtype: as in `adam`.
+        weight_decay: a number or a schedule. A step takes this, times the learning rate, of each
+            parameter away.
+        mask: which parameters decay: a tree of booleans like the parameters or like the top of
+            their tree, or a callable that makes it from the parameters; None for all.
+        nesterov: as in `adam`: `optax.nadamw`.
+        epsilon_hat: as in `adam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`. Its `update` needs the parameters.
+
+    Raises:
+        ValueError: if a setting is out of its range; of `update`, if it is not given `params`.
+        TypeError: as of `adam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from omniadam.optax import adamw
+        >>> solver = adamw(0.1, weight_decay=0.5, mask={"w": True, "b": False})
+        >>> params = {"w": jnp.ones(1), "b": jnp.ones(1)}
+        >>> updates, _ = solver.update({"w": jnp.zeros(1), "b": jnp.zeros(1)},
+        ...                            solver.init(params), params)
+        >>> round(float(updates["w"][0]), 3), abs(float(updates["b"][0]))
+        (-0.05, 0.0)
+
+    Sources: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101; optax/_src/alias.py.
+    """
+    return optax.chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, epsilon_hat=epsilon_hat),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_adam(
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    epsilon_hat: bool = False,
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`: the direction of Adam's step, for a chain of one's own.
+
+    Args:
+        b1: as in `adam`.
+        b2: as in `adam`.
+        eps: as in `adam`.
+        eps_root: as in `adam`.
+        mu_dtype: as in `adam`.
+        nesterov: as in `adam`.
+        epsilon_hat: as in `adam`.
+
+    Returns:
+        An `optax.GradientTransformation`, whose updates are to be subtracted.
+
+    Raises:
+        ValueError: if a setting is out of its range; of `update`, if a gradient has another shape
+            than its state.
+        TypeError: as of `adam`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from omniadam.optax import scale_by_adam
+        >>> solver = optax.chain(optax.clip(1.0), scale_by_adam(), optax.scale(-0.1))
+        >>> params = jnp.ones(2)
+        >>> updates, _ = solver.update(jnp.array([5.0, -0.5]), solver.init(params), params)
+        >>> [round(float(x), 3) for x in updates]
+        [-0.1, 0.1]
+
+    Sources: Kingma & Ba 2014, Algorithm 1; optax/_src/transform.py.
+    """
+    b1, b2 = (_setting(n, x, options.decay_rate) for n, x in (("b1", b1), ("b2", b2)))
+    eps = _setting("eps", eps, options.small_constant)
+    eps_root = _setting("eps_root", eps_root, options.small_constant)
+    nesterov, epsilon_hat = bool(nesterov), options.boolean("epsilon_hat", epsilon_hat)
+    theirs = optax.scale_by_adam(mu_dtype=mu_dtype)
+    # Of an array, which may be traced, it is not known: what is on is then right for all values.
+    short = {f"short_{i}": isinstance(b, float) and b < 0.5 for i, b in ((1, b1), (2, b2))}
+    is_rooted = eps_root != 0.0 if isinstance(eps_root, float) else True
+    rule = make_adam(
+        Arrays.sqrt, Arrays.maximum, amsgrad=False, nesterov=nesterov, rooted=is_rooted, **short
+    )
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        for path, leaf in jax.tree.leaves_with_path(params):
+            _check_real("Parameter", path, leaf)
+        return theirs.init(params)
+
+    def update(
+        updates: Any, state: optax.ScaleByAdamState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        count = optax.safe_increment(state.count)
+        t = jnp.asarray(count, float)
+        coefficients = (
+            *adam_coefficients(Scalars, 1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short),
+            *optax_coefficients(Scalars, t, b1, b2, eps_root, epsilon_hat=epsilon_hat),
+        )
+
+        def direction(path: Any, g: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
+            _check_real("The gradient of parameter", path, g)
+            if jnp.shape(g) != jnp.shape(mu) or jnp.shape(g) != jnp.shape(nu):
+                raise ValueError(
+                    f"The gradient of parameter {_named(path)} must have the shape of the "
+                    f"parameter that its state was made for. Received a gradient of shape "
+                    f"{jnp.shape(g)}, and `mu` and `nu` of shapes {jnp.shape(mu)} and "
+                    f"{jnp.shape(nu)}."
+                )
+            g, mu, nu = jnp.asarray(g), jnp.asarray(mu), jnp.asarray(nu)
+            # The types that optax ends with, by its order of operations.
+            mean = jnp.result_type(g, mu)
+            end = jnp.result_type(mean, nu)
+            wide = "float32" if end.name in HALVES else end.name
+            c = tuple(x if isinstance(x, float) else Arrays.cast(x, wide) for x in coefficients)
+            g, m, v = (Arrays.cast(x, wide) for x in (g, mu, nu))
+            # What is subtracted from a variable is what the rule makes of zero, with the sign
+            # turned: no rounding of a variable is in it.
+            u, (m, v) = rule(0.0, g, (m, v), c)
+            kept = mean if mu_dtype is None else jnp.dtype(mu_dtype)
+            return (-u).astype(end), m.astype(kept), v.astype(nu.dtype)
+
+        tree = jax.tree.structure(updates)
+        new = jax.tree.map_with_path(direction, updates, state.mu, state.nu)
+        directions, mu, nu = jax.tree.transpose(tree, jax.tree.structure((0, 0, 0)), new)
+        return directions, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def step(transformation: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """Compile a transformation and `optax.apply_updates` into one call that works in place.
+
+    For those who do not need the updates in between. Parameters and state are donated: the new ones
+    take their memory, and the old ones cannot be used any more.
+
+    Args:
+        transformation: of this module, of optax, or any chain of both.
+
+    Returns:
+        A function that takes what `transformation.update` takes, `(grads, state, params)` and any
+        extra arguments by name, and returns `(params, state)`.
+
+    Raises:
+        TypeError: if it is no transformation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import omniadam.optax
+        >>> solver = optax.chain(optax.clip_by_global_norm(1.0), omniadam.optax.adam(0.1))
+        >>> step = omniadam.optax.step(solver)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = solver.init(params)
+        >>> for _ in range(3):
+        ...     params, state = step(jax.grad(lambda w: jnp.sum(w * w))(params), state, params)
+        >>> [round(float(x), 3) for x in params]
+        [0.701, -1.7]
+    """
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise TypeError(
+            "`step` takes an optax.GradientTransformation, such as omniadam.optax.adam(1e-3). "
+            f"Received: {type(transformation).__name__}."
+        )
+    update = optax.with_extra_args_support(transformation).update
+
+    # JAX pairs what is donated with the outputs of the same shape and type in the order of both.
+    # Were it another, nearly every array would get another's memory, and XLA would copy it first.
+    def omniadam_step(params: Any, state: Any, grads: Any, extra: Any) -> tuple[Any, Any]:
+        updates, state = update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(omniadam_step, donate_argnums=(0, 1))
+
+    def step(grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        new: tuple[Any, Any] = compiled(params, state, grads, extra)
+        return new
+
+    return step
+
+
+def _setting(name: str, value: Any, check: options.Check) -> Any:
+    """A number in double precision, or an array, of which nothing is known while it is traced."""
+    if isinstance(value, jax.Array):
+        return jnp.asarray(value, float)
+    return check(name, value)
+
+
+def _named(path: Any) -> str:
+    return repr(jax.tree_util.keystr(path)) if path else "''"
+
+
+def _check_real(what: str, path: Any, leaf: Any) -> None:
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{what} {_named(path)} must be real and floating. Received dtype {dtype}. To leave it "
+            "out, use optax.masked or optax.partition."
+        )
