@@ -142,6 +142,31 @@ def test_get_gradients_clips_all_by_one_norm_then_by_value(name: str, library: L
     assert opt.get_weights() == []  # and it has created nothing
 
 
+@pytest.mark.parametrize("name", ["torch", "tensorflow"])
+def test_sparse_gradients_are_clipped_as_their_sum(name: str, request: Any) -> None:
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "tensorflow":
+        tf = request.getfixturevalue("tf")
+        w = tf.Variable(np.ones((3, 1)))
+
+        def loss() -> Any:
+            return tf.reduce_sum(tf.gather(w, [0, 0, 2]))
+
+    else:
+        torch = imported("torch")
+        w = torch.ones((3, 1), dtype=torch.float64, requires_grad=True)
+
+        def loss() -> Any:
+            return torch.nn.functional.embedding(torch.tensor([0, 0, 2]), w, sparse=True).sum()
+
+    [g] = Adam(clipnorm=5**0.5, clipvalue=1.5).get_gradients(loss, [w])
+    assert np.asarray(g).tolist() == [[1.5], [0.0], [1.0]]
+    opt = Adam(clipvalue=1.5)
+    opt.get_updates([w], {}, loss)[0]()
+    np.testing.assert_allclose(opt.get_weights()[1], [[0.15], [0.0], [0.1]], rtol=1e-12)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_clipnorm_of_a_norm_that_is_no_number(value: float, library: Library) -> None:
     """`g * c / n if n >= c else g`: NaN is not >= c, so that the others keep their gradients."""

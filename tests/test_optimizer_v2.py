@@ -622,8 +622,11 @@ def test_minimize_as_the_original(
                         session.run(operation)
                     results.append(session.run([w, table, *opt.weights]))
                 continue
-            in_place = tf.function(lambda step=step: [step()] and None, autograph=False)
-            run_once = in_place if how == "function" else step
+
+            def untold(step: Any = step) -> None:  # a function returns no operation
+                step()
+
+            run_once = tf.function(untold, autograph=False) if how == "function" else step
             for _ in range(STEPS):
                 run_once()
             results.append([w.numpy(), table.numpy(), *opt.get_weights()])
@@ -703,6 +706,7 @@ def test_get_updates(library: Library) -> None:
     opt = Adam(0.25)
     updates = opt.get_updates(library.loss(params, lambda: now), params)
     assert library.numpy(params[0]).tolist() == [1.0, 1.0]
+    assert [weight.tolist() for weight in opt.get_weights()] == [0, [0.0, 0.0], [0.0, 0.0]]
     for expected in (0.75, 0.5):
         for update in updates:
             update()
@@ -1171,6 +1175,8 @@ def follow(make, is_made_inside):
         w = tf.Variable(np.array([1.0, -2.0]))
         opt = make(0.125, clipnorm=1.0, **exact) if is_made_inside else None
     opt = opt or make(0.125, clipnorm=1.0, **exact)
+    if is_made_inside:  # what is created outside of the replicas is for them
+        assert opt.iterations.numpy() == 0 and opt.lr.numpy() == 0.125
 
     @tf.function
     def step():

@@ -45,6 +45,8 @@ class Adam(Older):
         ...         calls = update()
         >>> w.round(3).tolist(), [weight.shape for weight in opt.get_weights()]
         ([0.702, -1.701], [(), (2,), (2,)])
+
+    Source: `tensorflow/contrib/keras/python/keras/optimizers.py` of TensorFlow 1.1.
     """
 
     lr = Hyperparameter("learning_rate")

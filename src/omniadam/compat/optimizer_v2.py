@@ -346,7 +346,7 @@ class Adam(Older):
         return self._get_gradients(loss, _as_list(params))
 
     def get_updates(self, loss: Any, params: Any) -> list[Any]:
-        """The updates that make one step.
+        """Create the moments of variables, and the updates that make one step of them.
 
         Args:
             loss: as in `get_gradients`.
@@ -360,6 +360,7 @@ class Adam(Older):
             ValueError: if a gradient cannot be computed.
         """
         variables = _as_list(params)
+        self._build(variables)
         return self._updates(
             lambda: self.apply_gradients(
                 list(zip(self.get_gradients(loss, variables), variables, strict=True))
