@@ -1152,6 +1152,67 @@ def test_models_of_tf_keras_with_a_class_of_ones_own(tf: Any, tf_keras: Any, tmp
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_of_tf_keras(policy: str, tf: Any, tf_keras: Any) -> None:
+    """Of float16 a model scales the loss, by a `LossScaleOptimizer` around the optimizer."""
+    results, rng = [], np.random.default_rng(0)
+    data, labels = rng.normal(size=(8, 3)), rng.normal(size=(8, 2))
+    before = tf_keras.mixed_precision.global_policy()
+    try:
+        tf_keras.mixed_precision.set_global_policy(policy)
+        for make in (Adam, tf_keras.optimizers.legacy.Adam):
+            model = tf_keras.models.Sequential(
+                [tf_keras.layers.Dense(2, kernel_initializer="ones")]
+            )
+            model.compile(make(0.125), loss="mse")
+            model.fit(data, labels, epochs=3, verbose=0)
+            results.append([*model.get_weights(), *model.optimizer.get_weights()])
+    finally:
+        tf_keras.mixed_precision.set_global_policy(before)
+    # A gradient of 16 bits may be rounded otherwise where a weight is by one ulp.
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=1e-4)
+
+
+def test_names_are_those_of_the_original(tf: Any, tf_keras: Any, tmp_path: Any) -> None:
+    """So that what a `Saver` wrote in a graph loads, too."""
+    v1, path, names = tf.compat.v1, str(tmp_path / "saved"), []
+    for make in (tf_keras.optimizers.legacy.Adam, Adam):
+        with tf.Graph().as_default(), v1.Session() as session:
+            with v1.variable_scope("dense"):
+                w = v1.get_variable("kernel", initializer=np.ones(3), use_resource=True)
+            opt = make(**EXACT, amsgrad=True, name="Train")
+            step = opt.apply_gradients([(w * 2.0, w)])
+            session.run(v1.global_variables_initializer())
+            names.append([v.name for v in v1.global_variables()])
+            if make is Adam:
+                assert step.name == "Train"
+                v1.train.Saver().restore(session, path)
+                assert opt.get_weights()[0] == 1
+                assert not np.any(session.run(opt.get_slot(w, "vhat")) == 0)
+            else:
+                session.run(step)
+                v1.train.Saver().save(session, path)
+    assert names[0] == names[1]
+
+
+def test_get_updates_inside_a_function(tf: Any, tf_keras: Any) -> None:
+    results = []
+    for make in (Adam, tf_keras.optimizers.legacy.Adam):
+        opt, w = make(**EXACT), tf.Variable(np.array([1.0, -2.0]))
+
+        @tf.function(autograph=False)
+        def step(opt: Any = opt, w: Any = w) -> None:
+            [update] = opt.get_updates(tf.reduce_sum(w**2), [w])
+            assert isinstance(update, tf.Operation)
+
+        for _ in range(STEPS):
+            step()
+        results.append([w.numpy(), *opt.get_weights()])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
 def test_scripts_of_tensorflow_1(tf_keras: Any) -> None:
     script = Path(__file__).with_name("tensorflow_1.py")
     assert in_a_process(script.read_text(encoding="utf-8")).count("test_") == 3
@@ -1197,7 +1258,15 @@ for is_made_inside in (True, False):
     theirs = follow(tf_keras.optimizers.legacy.Adam, is_made_inside)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
-print("all is well")
+
+with strategy.scope():
+    w, opt = tf.Variable([1.0]), optimizer_v2.Adam()
+summed = {"experimental_aggregate_gradients": False}
+try:
+    strategy.run(lambda: opt.apply_gradients([(tf.ones(1), w)], **summed))
+except NotImplementedError as error:
+    assert "sums the gradients of replicas" in str(error)
+    print("all is well")
 """
 
 

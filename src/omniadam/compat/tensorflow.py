@@ -239,8 +239,14 @@ class Trackable:
             return None
 
 
+_SUMS = (
+    "This optimizer sums the gradients of replicas as it applies them. Pass those of each replica, "
+    "and leave `experimental_aggregate_gradients` as it is."
+)
+
+
 def _for_tf_keras(kind: Any) -> dict[str, Any]:
-    """What the models of `tf_keras` call with arguments of later versions."""
+    """What the models of `tf_keras` and its LossScaleOptimizer call, of later versions."""
 
     def minimize(
         self: Any,
@@ -252,11 +258,23 @@ def _for_tf_keras(kind: Any) -> dict[str, Any]:
     ) -> Any:
         if tape is None:
             return kind.minimize(self, loss, var_list, grad_loss, name)
+        pairs = self._compute_gradients(loss, var_list, grad_loss, tape)
+        return self.apply_gradients(pairs, name)
+
+    def _compute_gradients(
+        self: Any, loss: Any, var_list: Any, grad_loss: Any = None, tape: Any = None
+    ) -> list[tuple[Any, Any]]:
+        if tape is None:
+            return list(zip(*self._differentiated(loss, var_list, grad_loss), strict=True))
         with tape:
             loss = loss() if callable(loss) else loss
         variables = list(var_list() if callable(var_list) else var_list)
-        gradients = tape.gradient(loss, variables, grad_loss)
-        return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
+        return list(zip(tape.gradient(loss, variables, grad_loss), variables, strict=True))
+
+    def _aggregate_gradients(self: Any, grads_and_vars: Any) -> Any:
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise NotImplementedError(_SUMS)
+        return grads_and_vars
 
     def apply_gradients(
         self: Any,
@@ -264,12 +282,21 @@ def _for_tf_keras(kind: Any) -> dict[str, Any]:
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> Any:
+        if not experimental_aggregate_gradients:
+            self._aggregate_gradients(())
         return kind.apply_gradients(self, grads_and_vars, name)
 
     def _create_all_weights(self: Any, var_list: Any) -> None:
         self._build(list(var_list))
 
-    methods = {each.__name__: each for each in (minimize, apply_gradients, _create_all_weights)}
+    functions = (
+        minimize,
+        apply_gradients,
+        _compute_gradients,
+        _aggregate_gradients,
+        _create_all_weights,
+    )
+    methods = {each.__name__: each for each in functions}
     for method in methods.values():
         vars(method)["autograph_info__"] = {}  # as in `older.as_it_is`
     return methods if hasattr(kind, "minimize") else {}
