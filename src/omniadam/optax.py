@@ -222,9 +222,10 @@ def scale_by_adam(
             kept = mean if mu_dtype is None else jnp.dtype(mu_dtype)
             return (-u).astype(end), m.astype(kept), v.astype(nu.dtype)
 
-        tree = jax.tree.structure(updates)
-        new = jax.tree.map_with_path(direction, updates, state.mu, state.nu)
-        directions, mu, nu = jax.tree.transpose(tree, jax.tree.structure((0, 0, 0)), new)
+        leaves, tree = jax.tree.flatten_with_path(updates)
+        moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
+        new = [direction(*leaf, mu, nu) for leaf, mu, nu in zip(leaves, *moments, strict=True)]
+        directions, mu, nu = (tree.unflatten([each[i] for each in new]) for i in range(3))
         return directions, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)

@@ -1,0 +1,650 @@
+"""omniadam.optax beside optax, live: the same numbers, the same surface, the same state."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+import jax.numpy as jnp  # noqa: E402
+
+import omniadam.optax  # noqa: E402
+from cases import FORMATS, SMALL_SHAPES, assert_close, gradients, variables  # noqa: E402
+from omniadam import schedules  # noqa: E402
+from omniadam.optax import adam, adamw, step  # noqa: E402
+from reference import Reference  # noqa: E402
+
+ours: Any = omniadam.optax
+NAMES = ("adam", "adamw", "scale_by_adam")
+
+# --- The surface ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature(name: str) -> None:
+    theirs = inspect.signature(getattr(optax, name)).parameters
+    got = dict(inspect.signature(getattr(ours, name)).parameters)
+    extra = got.pop("epsilon_hat")
+    assert (extra.kind, extra.default) == (extra.KEYWORD_ONLY, False)
+    assert list(got) == list(theirs)
+    for each in theirs:
+        assert (got[each].kind, got[each].default) == (theirs[each].kind, theirs[each].default)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_type(name: str) -> None:
+    arguments = () if name == "scale_by_adam" else (0.1,)
+    made = getattr(ours, name)(*arguments)
+    assert type(made) is type(getattr(optax, name)(*arguments))
+
+
+def test_omniadam_itself_imports_neither() -> None:
+    code = "import omniadam, sys; print(*{m.partition('.')[0] for m in sys.modules})"
+    done = run(code)
+    assert "omniadam" in done.split() and not {"jax", "optax"} & set(done.split())
+    assert {"jax", "optax"} <= set(run(code.replace("omniadam,", "omniadam.optax,")).split())
+
+
+def run(code: str, **environment: str) -> str:
+    source = str(Path(omniadam.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | {"PYTHONPATH": source} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- The same numbers ----------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    name: str
+    settings: dict[str, Any]
+
+
+def mask_all(params: Any) -> Any:
+    return jax.tree.map(lambda _: True, params)
+
+
+TABLE = {
+    "defaults": Case("adam", {}),
+    "learning_rate": Case("adam", {"learning_rate": 0.02}),
+    "b1": Case("adam", {"b1": 0.8}),
+    "b1 zero": Case("adam", {"b1": 0}),
+    "b1 short": Case("adam", {"b1": 0.3}),
+    "b2": Case("adam", {"b2": 0.95}),
+    "b2 zero": Case("adam", {"b2": 0.0}),
+    "eps": Case("adam", {"eps": 0.01}),
+    "eps_root": Case("adam", {"eps_root": 1e-3}),
+    "nesterov": Case("adam", {"nesterov": True}),
+    "nesterov, all": Case("adam", {"nesterov": True, "b1": 0.3, "eps_root": 1e-4, "eps": 1e-3}),
+    "schedule": Case("adam", {"learning_rate": optax.cosine_decay_schedule(0.01, 120)}),
+    "schedule, ours": Case("adam", {"learning_rate": schedules.CosineDecay(0.01, 120)}),
+    "no learning_rate": Case("adam", {"learning_rate": None}),
+    "mu_dtype": Case("adam", {"mu_dtype": "bfloat16"}),
+    "mu_dtype, nesterov": Case("adam", {"mu_dtype": jnp.bfloat16, "nesterov": True}),
+    "adamw": Case("adamw", {}),
+    "weight_decay": Case("adamw", {"weight_decay": 0.5, "nesterov": True}),
+    "decay schedule": Case("adamw", {"weight_decay": lambda count: 0.5 / (count + 1)}),
+    "mask": Case("adamw", {"weight_decay": 0.5, "mask": [True, False]}),
+    "mask callable": Case("adamw", {"weight_decay": 0.5, "mask": mask_all}),
+}
+STEPS = 100
+SHAPES = ((2003,), ())
+
+
+def made(library: Any, case: Case) -> Any:
+    return getattr(library, case.name)(**{"learning_rate": 1e-3} | case.settings)
+
+
+@cache
+def data() -> tuple[list[Any], list[Any]]:
+    """Gradients of all steps, stacked, and parameters."""
+    steps = [gradients(i, SHAPES) for i in range(STEPS)]
+    return [np.stack(each) for each in zip(*steps, strict=True)], variables("float32", 0, SHAPES)
+
+
+def updates_of(solver: Any, dtype: str, rounded: str = "float32") -> Callable[[bool], list[Any]]:
+    """All updates, one row a step: of the gradients, or of all absolute values.
+
+    The absolute values make the size of an update, to which roundings are proportional: what it
+    would be if nothing cancelled.
+    """
+
+    @jax.jit
+    def all_steps(grads: Any, params: Any) -> Any:
+        def advance(state: Any, g: Any) -> Any:
+            updates, state = solver.update(g, state, params)
+            return state, updates
+
+        return jax.lax.scan(advance, solver.init(params), grads)[1]
+
+    def run(absolute: bool) -> list[Any]:
+        made = [[jnp.asarray(x, rounded).astype(dtype) for x in each] for each in data()]
+        if absolute:
+            made = jax.tree.map(jnp.abs, made)
+        return [np.asarray(u, np.float64) for u in all_steps(*made)]
+
+    return run
+
+
+def ulps(got: list[Any], want: list[Any], sizes: list[Any], dtype: str) -> float:
+    worst = 0.0
+    for a, b, size in zip(got, want, sizes, strict=True):
+        size = np.maximum(np.abs(size), FORMATS[dtype].smallest)
+        worst = max(worst, float(np.max(np.abs(a - b) / size)) / FORMATS[dtype].eps)
+    return worst
+
+
+@pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
+def test_updates_are_those_of_optax(case: Case) -> None:
+    """100 updates each, against optax in double precision and in float32.
+
+    What optax itself is away from its formula sets the limits where both are in one precision:
+    - 1 - b2**t is a difference of numbers near 1, 0.001 at t = 1: half an ulp of 1 is 500 ulps of
+      it there. A b2 that is rounded to float32 makes as much; the square root halves it.
+    - A bfloat16 `mu` is rounded at each step by each, half an ulp a time; after 1 / (1 - b1) steps
+      of it what was added at first is gone. optax also multiplies in bfloat16.
+    Ours in float32 is within 16 ulps of optax in double: the roundings of m and v, of the
+    coefficients, and 8 of a float32 cosine.
+    """
+    with jax.enable_x64(True):
+        # Exact: without the roundings of a narrow `mu`.
+        exact = Case(case.name, {k: v for k, v in case.settings.items() if k != "mu_dtype"})
+        theirs = updates_of(made(optax, exact), "float64")
+        want, sizes = theirs(False), theirs(True)
+        double = updates_of(made(ours, case), "float64")(False)
+    single = updates_of(made(ours, case), "float32")(False)
+    theirs_single = updates_of(made(optax, case), "float32")(False)
+    if "mu_dtype" in case.settings:
+        for got in (double, single):
+            assert 0.25 < ulps(got, want, sizes, "bfloat16") < 4
+        assert ulps(single, theirs_single, sizes, "bfloat16") < 10
+        return
+    assert ulps(double, want, sizes, "float64") < 300
+    assert ulps(single, want, sizes, "float32") < 16
+    assert ulps(single, theirs_single, sizes, "float32") < 250 + 16
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999])
+def test_updates_of_bfloat16_parameters(b2: float) -> None:
+    """The state is bfloat16 in both; ours is computed in float32 and rounded as it is stored.
+
+    In optax, 0.999 is 1 in bfloat16. Both lose what is less than half an ulp of v.
+    """
+    case = Case("adam", {"b2": b2})
+    with jax.enable_x64(True):
+        exact = updates_of(made(optax, case), "float64", "bfloat16")
+        want, sizes = exact(False), exact(True)
+    got = updates_of(made(ours, case), "bfloat16")(False)
+    theirs = updates_of(made(optax, case), "bfloat16")(False)
+    limit = 4 if b2 == 0.9 else 8
+    assert ulps(got, want, sizes, "bfloat16") < limit
+    assert ulps(got, theirs, sizes, "bfloat16") < 3 * limit
+    assert ulps(got, want, sizes, "bfloat16") < ulps(theirs, want, sizes, "bfloat16")
+
+
+@pytest.mark.parametrize("epsilon_hat", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.5}], ids=["adam", "adamw"])
+def test_the_oracle(epsilon_hat: bool, dtype: str, settings: dict[str, Any]) -> None:
+    """With `epsilon_hat`, Keras's numbers."""
+    with jax.enable_x64(dtype == "float64"):
+        params = [jnp.asarray(x) for x in variables(dtype, 0, SMALL_SHAPES)]
+        # Its update is of the parameter that the decay has left; the difference is a rounding.
+        reference = Reference(
+            [np.asarray(x) for x in params], epsilon=0.01, epsilon_hat=epsilon_hat, **settings
+        )
+        make = adamw if settings else adam
+        solver = make(1e-3, eps=0.01, epsilon_hat=epsilon_hat, **settings)
+        state, advance = solver.init(params), step(solver)
+        for i in range(20):
+            grads = gradients(i, SMALL_SHAPES, dtype=dtype)
+            reference.step(grads)
+            params, state = advance([jnp.asarray(g) for g in grads], state, params)
+        assert_close([np.asarray(x) for x in params], reference, "variable", dtype)
+        assert_close([np.asarray(x) for x in state[0].mu], reference, "momentum", dtype)
+        assert_close([np.asarray(x) for x in state[0].nu], reference, "velocity", dtype)
+
+
+# --- The same state ------------------------------------------------------------------------------
+
+
+def tree() -> dict[str, Any]:
+    w, b, scale = variables("float32", 0, ((3, 5), (5,), ()))
+    layer = {"w": jnp.asarray(w), "b": jnp.asarray(b)}
+    return {"layer": layer, "rest": [jnp.asarray(scale), None, ()]}
+
+
+def tree_gradients(i: int) -> dict[str, Any]:
+    leaves = gradients(i, [leaf.shape for leaf in jax.tree.leaves(tree())])
+    return jax.tree.unflatten(jax.tree.structure(tree()), [jnp.asarray(x) for x in leaves])
+
+
+def forms(state: Any) -> list[Any]:
+    found = [(x.shape, x.dtype.name, x.weak_type) for x in jax.tree.leaves(state)]
+    return [jax.tree.structure(state), *found]
+
+
+def train(solver: Any, state: Any, params: Any, steps: range) -> tuple[Any, Any]:
+    update = jax.jit(solver.update)
+    for i in steps:
+        updates, state = update(tree_gradients(i), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_near(one: Any, other: Any, rtol: float = 1e-4) -> None:
+    """After a few steps, where it is semantics that would differ and not roundings."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=1e-7
+        )
+
+
+STATES = ("defaults", "schedule", "mu_dtype", "adamw", "decay schedule", "mask callable")
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_has_the_form_of_theirs(name: str, dtype: str) -> None:
+    params = jax.tree.map(lambda x: x.astype(dtype), tree())
+    grads = jax.tree.map(lambda x: x.astype(dtype), tree_gradients(0))
+    results = []
+    for library in (ours, optax):
+        solver = made(library, TABLE[name])
+        state = solver.init(params)
+        updates, after = jax.jit(solver.update)(grads, state, params)
+        results.append([*forms(state), *forms(after), *forms(updates)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", ["defaults", "schedule", "nesterov", "weight_decay"])
+def test_state_goes_either_way_in_the_middle_of_a_run(name: str) -> None:
+    first, second = made(ours, TABLE[name]), made(optax, TABLE[name])
+    want = train(second, second.init(tree()), tree(), range(15))
+    for a, b in ((first, second), (second, first)):
+        params, state = train(a, a.init(tree()), tree(), range(5))
+        params, state = train(b, state, params, range(5, 10))
+        assert_near(train(a, state, params, range(10, 15)), want)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("back", [False, True])
+def test_checkpoint_of_one_is_read_into_the_other(tmp_path: Path, back: bool) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    case = TABLE["schedule"]
+    writer, reader = (made(x, case) for x in ((optax, ours) if back else (ours, optax)))
+    params, state = train(writer, writer.init(tree()), tree(), range(5))
+    with checkpoint.StandardCheckpointer() as file:
+        file.save(tmp_path / "step", {"params": params, "state": state})
+        file.wait_until_finished()
+        like = {"params": tree(), "state": reader.init(tree())}
+        read = file.restore(tmp_path / "step", jax.tree.map(jnp.zeros_like, like))
+    assert_near(read, {"params": params, "state": state}, rtol=0)
+    want = train(writer, state, params, range(5, 10))
+    assert_near(train(reader, read["state"], read["params"], range(5, 10)), want)
+
+
+# --- Trees, and what optax has around a solver ---------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        1.0,
+        np.float32(1.0),
+        {},
+        None,
+        [None, {"a": None}],
+        Layer(jnp.ones((2, 2)), None),
+        {"deep": ({"er": [Layer(jnp.ones(2), jnp.ones(()))]},), "empty": (), "zero": jnp.ones(0)},
+    ],
+    ids=lambda params: type(params).__name__,
+)
+def test_trees(params: Any) -> None:
+    grads = jax.tree.map(lambda x: 0.5 * x, params)
+    results = []
+    for library in (ours, optax):
+        solver = library.adam(0.1)
+        updates, state = solver.update(grads, solver.init(params), params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        results.append([updates, state])
+    assert_near(*results)
+
+
+def many_steps(solver: Any) -> Any:
+    return train(solver, solver.init(tree()), tree(), range(6))
+
+
+COMPOSED: dict[str, Callable[[Any], Any]] = {
+    "chain": lambda m: optax.chain(optax.clip_by_global_norm(1.0), m.adamw(0.01)),
+    "scale_by": lambda m: optax.chain(m.scale_by_adam(b1=0.8), optax.scale(-0.01)),
+    "inject": lambda m: optax.inject_hyperparams(m.adamw)(
+        learning_rate=optax.linear_schedule(0.1, 0.0, 10), weight_decay=0.5
+    ),
+    "multisteps": lambda m: optax.MultiSteps(m.adam(0.01), 3),
+    "masked": lambda m: optax.masked(m.adam(0.01), {"layer": True, "rest": False}),
+    "partition": lambda m: optax.partition(
+        {"fast": m.adam(0.1), "slow": m.adamw(0.001, nesterov=True), "no": optax.set_to_zero()},
+        {"layer": {"w": "fast", "b": "slow"}, "rest": "no"},
+    ),
+    "finite": lambda m: optax.apply_if_finite(m.adam(0.01), 2),
+    "extra": lambda m: optax.chain(m.adam(0.01), optax.add_decayed_weights(0.1)),
+}
+
+
+@pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
+def test_composition(compose: Callable[[Any], Any]) -> None:
+    assert_near(many_steps(compose(ours)), many_steps(compose(optax)))
+
+
+def test_injected_hyperparameters_can_be_set() -> None:
+    solver = optax.inject_hyperparams(adam)(learning_rate=0.1, b1=0.0, eps=0.0)
+    params, grads = jnp.ones(2), jnp.array([3.0, -2.0])
+    state = solver.init(params)
+    update = jax.jit(solver.update)
+    for rate in (0.1, 0.5):
+        state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        updates, state = update(grads, state, params)
+        np.testing.assert_allclose(updates, [-rate, rate], rtol=1e-5)
+    assert not isinstance(state.hyperparams.get("nesterov"), jax.Array)
+
+
+def test_an_update_that_is_not_finite_is_skipped() -> None:
+    solver = optax.apply_if_finite(adam(0.1), 3)
+    params = jnp.ones(2)
+    state = solver.init(params)
+    updates, state = jax.jit(solver.update)(jnp.array([jnp.nan, 1.0]), state, params)
+    assert updates.tolist() == [0.0, 0.0] and state.inner_state[0].count == 0
+    updates, state = adam(0.1).update(jnp.array([jnp.nan, 1.0]), state.inner_state, params)
+    assert np.isnan(updates[0]) and updates[1] < 0
+
+
+def test_vmap() -> None:
+    solver = adamw(0.1)
+    params, grads = jnp.arange(6.0).reshape(3, 2), jnp.linspace(-1, 1, 6).reshape(3, 2)
+    states = jax.vmap(solver.init)(params)
+    updates, states = jax.vmap(solver.update)(grads, states, params)
+    for i in range(3):
+        want, state = solver.update(grads[i], solver.init(params[i]), params[i])
+        np.testing.assert_allclose(updates[i], want, rtol=1e-6)
+        np.testing.assert_allclose(states[0].nu[i], state[0].nu, rtol=1e-6)
+
+
+def test_settings_may_be_traced() -> None:
+    def first_update(rate: Any, b1: Any, b2: Any, eps: Any, eps_root: Any) -> Any:
+        solver = adam(rate, b1, b2, eps, eps_root, nesterov=True)
+        return solver.update(jnp.array([3.0]), solver.init(jnp.ones(1)))[0]
+
+    settings = (0.1, 0.3, 0.99, 0.1, 0.2)
+    want = first_update(*settings)
+    np.testing.assert_allclose(jax.jit(first_update)(*settings), want, rtol=1e-5)
+    rates = jnp.array([0.1, 0.2])
+    both = jax.vmap(lambda rate: first_update(rate, *settings[1:]))(rates)
+    np.testing.assert_allclose(both, [want, 2 * want], rtol=1e-5)
+
+
+def test_derivative_through_steps_is_finite() -> None:
+    """Where the velocity is 0, a derivative of its root must not be 0 * infinity."""
+
+    def trained(rate: Any) -> Any:
+        solver, params = adam(rate), jnp.array([1.0, -2.0, 0.0])
+        state = solver.init(params)
+        for _ in range(3):
+            updates, state = solver.update(2 * params, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params**2)
+
+    h = 1e-2
+    want = (trained(0.1 + h) - trained(0.1 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(trained)(0.1), want, rtol=1e-2)
+
+
+def test_16_bit_gradients_of_float32_parameters() -> None:
+    params, grads = jnp.ones(3), jnp.full(3, 0.5, jnp.bfloat16)
+    got, want = (
+        library.adam(0.1).update(grads, library.adam(0.1).init(params)) for library in (ours, optax)
+    )
+    assert forms(got) == forms(want)
+    assert_near(got, want, rtol=1e-2)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, optax, omniadam.optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((4, 2), ("data", "model"))
+assert len(jax.devices()) == 8
+specs = {"w": P("data", "model"), "b": P("model"), "whole": P()}
+shapes = {"w": (16, 8), "b": (8,), "whole": (3,)}
+rng = np.random.default_rng(0)
+values = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+grads = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+def same(x, y):
+    return x.sharding.is_equivalent_to(y.sharding, x.ndim)
+def place(tree):
+    return {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+solver = omniadam.optax.adamw(0.1)
+params, alone = place(values), {k: jnp.asarray(x) for k, x in values.items()}
+state, state_alone = solver.init(params), solver.init(alone)
+for k in specs:
+    for each in (state[0].mu, state[0].nu):
+        assert same(each[k], params[k]), k
+sharded = place(grads)
+text = jax.jit(solver.update).lower(sharded, state, params).compile().as_text()
+assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "permute"))
+updates, _ = jax.jit(solver.update)(sharded, state, params)
+assert all(same(updates[k], params[k]) for k in specs)
+step = omniadam.optax.step(solver)
+pointers = {s.data.unsafe_buffer_pointer() for s in params["w"].addressable_shards}
+for _ in range(3):
+    params, state = step(sharded, state, params)
+    alone, state_alone = step({k: jnp.asarray(g) for k, g in grads.items()}, state_alone, alone)
+assert {s.data.unsafe_buffer_pointer() for s in params["w"].addressable_shards} == pointers
+for k in specs:
+    for each in (params, state[0].mu, state[0].nu):
+        assert same(each[k], sharded[k]), k
+    np.testing.assert_allclose(params[k], alone[k], rtol=1e-6)
+print("done")
+"""
+
+
+def test_sharded_parameters() -> None:
+    flags = "--xla_force_host_platform_device_count=8"
+    assert run(SHARDED, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == "done\n"
+
+
+# --- Parameters in, parameters out ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [ours, optax], ids=["ours", "optax"])
+@pytest.mark.parametrize("name", ["defaults", "weight_decay", "schedule", "mu_dtype"])
+def test_step_is_update_and_apply_updates(library: Any, name: str) -> None:
+    solver = made(library, TABLE[name])
+    params, state, advance = tree(), solver.init(tree()), step(solver)
+    for i in range(5):
+        params, state = advance(tree_gradients(i), state, params)
+    assert_near((params, state), train(solver, solver.init(tree()), tree(), range(5)), rtol=1e-5)
+
+
+def test_step_works_in_place() -> None:
+    params = {"a": jnp.ones((30, 40)), "b": [jnp.ones(7), jnp.ones((30, 40))]}
+    grads = jax.tree.map(lambda x: 0.5 * x, params)
+    solver = adamw(0.1)
+    state = solver.init(params)
+    old = params, state
+
+    def places(each: Any) -> list[int]:
+        return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(each) if x.size > 1]
+
+    before, advance = places(old), step(solver)
+    for _ in range(2):
+        params, state = advance(grads, state, params)
+        assert places((params, state)) == before
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("make", [adam, adamw])
+def test_step_needs_no_memory_of_its_own(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+
+    def jit(function: Any, **options: Any) -> Any:
+        compiled.append(compiling(function, **options))
+        return compiled[-1]
+
+    compiling = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    solver = make(0.1)
+    step(solver)
+    params = [jnp.ones(s) for s in ((64, 3, 7, 7), (64,), (256, 64, 1, 1), (256, 64, 1, 1))]
+    state = solver.init(params)
+    program = compiled[-1].lower(params, state, params, {}).compile()
+    memory, floats = program.memory_analysis(), sum(x.size for x in params)
+    assert memory.alias_size_in_bytes >= 3 * 4 * floats
+    assert memory.temp_size_in_bytes < 1024
+    assert not re.search(r"f32\[\d[^=]*\bcopy\(", program.as_text())
+
+
+def test_step_passes_extra_arguments_on_and_traces_once() -> None:
+    seen = []
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **_: Any) -> Any:
+        seen.append(value)
+        return jax.tree.map(lambda g: value * g, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    solver = optax.chain(adam(0.1), scaled)
+    advance, params = step(solver), jnp.ones(2)
+    state = solver.init(params)
+    for value in (2.0, 0.0):
+        before = np.asarray(params).copy()
+        params, state = advance(jnp.ones(2), state, params, value=value)
+        np.testing.assert_allclose(params, before - 0.1 * value, rtol=1e-5)
+    assert len(seen) == 1
+
+
+def test_step_inside_a_compiled_function() -> None:
+    advance, params = step(adam(0.1)), jnp.ones(2)
+    state = adam(0.1).init(params)
+    new, _ = jax.jit(lambda p, s: advance(2 * p, s, p))(params, state)
+    np.testing.assert_allclose(new, [0.9, 0.9], rtol=1e-5)
+    assert not params.is_deleted()
+
+
+def test_step_changes_nothing_on_an_error() -> None:
+    solver, params = adam(0.1), jnp.ones(2)
+    state = solver.init(params)
+    with pytest.raises(ValueError, match="shape"):
+        step(solver)(jnp.ones(3), state, params)
+    assert params.tolist() == [1.0, 1.0] and state[0].count == 0
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "eps", "eps_root", "epsilon_hat"])
+@pytest.mark.parametrize("make", [adam, adamw], ids=["adam", "adamw"])
+def test_bad_setting(make: Callable[..., Any], name: str) -> None:
+    for bad in (-0.1, float("nan"), "0.9", None):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            make(0.1, **{name: bad})
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "bool"])
+def test_leaves_that_are_not_real(dtype: str) -> None:
+    good, bad = {"a": jnp.ones(2)}, {"a": jnp.ones(2, dtype)}
+    with pytest.raises(TypeError, match=rf"Parameter \"\['a'\]\".*{dtype}"):
+        adam(0.1).init(bad)
+    with pytest.raises(TypeError, match=rf"gradient of parameter \"\['a'\]\".*{dtype}"):
+        adam(0.1).update(bad, adam(0.1).init(good))
+
+
+def test_gradients_that_do_not_fit() -> None:
+    params = {"a": jnp.ones((2, 3))}
+    solver = adam(0.1)
+    state = solver.init(params)
+    with pytest.raises(ValueError, match=r"\"\['a'\]\".*\(3,\).*\(2, 3\)"):
+        solver.update({"a": jnp.ones(3)}, state)
+    for wrong in ({"b": jnp.ones((2, 3))}, {"a": None}, [jnp.ones((2, 3))]):
+        with pytest.raises(ValueError):
+            solver.update(wrong, state)
+    with pytest.raises(ValueError, match="params"):
+        adamw(0.1).update(params, adamw(0.1).init(params))
+
+
+def test_step_of_something_else() -> None:
+    with pytest.raises(TypeError, match=r"GradientTransformation.*Received: function"):
+        step(adam)
+
+
+# --- A model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("sklearn")
+def test_digits() -> None:
+    """The same weights as by optax after five epochs on real data, and they have learnt it."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+
+    def weights() -> dict[str, Any]:
+        first, second = jax.random.split(jax.random.key(0))
+        return {
+            "w1": jax.random.normal(first, (64, 48)) / 8,
+            "b1": jnp.zeros(48),
+            "w2": jax.random.normal(second, (48, 10)) / 7,
+            "b2": jnp.zeros(10),
+        }
+
+    def scores(w: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ w["w1"] + w["b1"]) @ w["w2"] + w["b2"]
+
+    @jax.jit
+    @jax.grad
+    def gradient(w: Any, i: Any) -> Any:
+        x, y = (jax.lax.dynamic_slice_in_dim(a, 32 * i, 32) for a in (images, labels))
+        return optax.losses.softmax_cross_entropy_with_integer_labels(scores(w, x), y).mean()
+
+    def trained(library: Any) -> Any:
+        params = weights()
+        solver = library.adamw(optax.cosine_decay_schedule(0.01, 280), weight_decay=0.01)
+        advance, state = step(solver), solver.init(params)
+        for i in range(280):
+            params, state = advance(gradient(params, i % 56), state, params)
+        return params
+
+    got, want, start = trained(ours), trained(optax), weights()
+    for name in got:
+        moved = float(jnp.linalg.norm(want[name] - start[name]))
+        apart = float(jnp.linalg.norm(got[name] - want[name]))
+        assert apart < 1e-3 * moved, (name, apart, moved)
+    accuracy = float((scores(got, images).argmax(axis=1) == labels).mean())
+    assert accuracy > 0.97
