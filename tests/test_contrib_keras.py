@@ -376,12 +376,21 @@ def test_settings_are_checked(
         assert opt.get_config() == Adam().get_config()
 
 
-def test_no_gradient(library: Library) -> None:
-    if library is not LIBRARIES["torch"]:
-        pytest.skip("the other libraries give zeros where a loss does not depend on a variable")
+@pytest.mark.parametrize("name", ["torch", "tensorflow"])
+def test_no_gradient(name: str, request: Any) -> None:
+    """The other libraries give zeros where a loss does not depend on a variable."""
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "tensorflow":
+        request.getfixturevalue("tf")
+    library = LIBRARIES[name]
     w, v = (library.variable(np.ones(1)) for _ in range(2))
+    loss = library.loss([w], lambda: [np.ones(1)])
     with pytest.raises(ValueError, match="number 1, has no gradient"):
-        Adam().get_gradients(lambda: w.sum(), [w, v])
+        Adam().get_gradients(loss, [w, v])
+    [update] = Adam().get_updates([w, v], {}, loss)
+    with pytest.raises(ValueError, match="number 1, has no gradient"):
+        update()
 
 
 @pytest.mark.needs("autograd")

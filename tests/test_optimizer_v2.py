@@ -823,6 +823,17 @@ def test_attributes_are_checked() -> None:
         opt.apply_gradients([(np.ones(1), np.ones(1))])
 
 
+def test_tensors_are_checked(library: Library) -> None:
+    for wrong in (np.full(2, 0.5, np.float32), np.array(-1.0, np.float32)):
+        for name in ("learning_rate", "beta_1", "beta_2", "epsilon"):
+            if library is LIBRARIES["jax"] and name == "learning_rate" and wrong.ndim == 0:
+                continue  # a rate on a device is not waited for
+            [g], [w] = ones(library, (2,))
+            with pytest.raises(ValueError, match=f"`{name}`"):
+                Adam(**{name: library.variable(wrong)}).apply_gradients([(g, w)])
+            assert library.numpy(w).tolist() == [1.0, 1.0]
+
+
 # --- JAX ------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,10 @@ class Engine(Adam):
         value = value() if callable(value) else value
         if options.as_float(value) is None and backend_of(value) is not None:
             assert self._backend is not None
-            return self._backend.rate(value)
+            try:
+                return self._backend.rate(value)
+            except ValueError as error:  # which is of the rate, in the backend's words
+                raise ValueError(str(error).replace("learning_rate", name)) from error
         return check(name, value)
 
     def _coefficients(
@@ -144,17 +147,9 @@ class Engine(Adam):
         self._iteration = variable
         self._state[0] = ("iteration", variable)
 
-    def read(self, scalar: Any) -> Any:
-        """The value of a counter or rate, whether or not the library is known yet."""
-        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
-
-    def write(self, scalar: Any, value: Any) -> None:
-        """Set a counter or rate, likewise."""
-        backend = backend_of(scalar) if self._backend is None else None
-        (backend.over([scalar]) if backend else self._backend).assign(scalar, value)  # type: ignore[union-attr]
-
     def _read(self, scalar: Any) -> Any:
-        return self.read(scalar)
+        # A counter of the user's may be of a library before that is known to be the variables'.
+        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
 
     def _moved(self, value: Any) -> Any:
         if value is self._iteration:

@@ -260,7 +260,10 @@ class Older:
                 number = options.as_float(_host(value))
                 if number is None or number < 0 or not number.is_integer():
                     raise ValueError(f"`iterations` must be a whole number. Received: {value!r}")
-                engine.write(engine._iteration, int(number))
+                count = engine._iteration
+                backend = backend_of(count)
+                assert backend is not None
+                backend.over([count]).assign(count, int(number))
             return
         given = {id(v): value for v, value in zip(variables, weights, strict=True)}
         read = engine._backend.numpy

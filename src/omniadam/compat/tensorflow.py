@@ -66,7 +66,7 @@ class Scalars:
                 self._variables["iter"] = engine._iteration
                 optimizer._track_trackable(engine._iteration, "iter", overwrite=True)
             return
-        begin = engine.read(engine._iteration)
+        begin = engine._read(engine._iteration)
         self._variables["iter"] = self._create("iter", begin, "int64", **_OF_ONE_REPLICA)
         engine.count_in(self._variables["iter"])
 
