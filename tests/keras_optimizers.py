@@ -531,6 +531,55 @@ def test_distribution() -> None:
             assert len(kernel.value.sharding.device_set) == 8
 
 
+@on("jax")
+def test_kernels_in_compiled_functions() -> None:
+    """The step is a call of the CPU kernels, and yet a function like others of JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    made_of = [np.linspace(-1, 1, n, dtype=np.float32) for n in (5, 70_000)]
+    settings = {"learning_rate": 0.1, "global_clipnorm": 1.0, "use_ema": True}
+    stepped = []
+    for kind in (Adam, Theirs):
+        params = made(made_of)
+        opt = kind(**settings)
+        opt.build(params)
+        state = [v.value for v in opt.variables]
+
+        def step(values: Any, grads: Any, opt: Any = opt, state: Any = state) -> Any:
+            return opt.stateless_apply(state, list(grads), values)[0]
+
+        stepped.append(step)
+    ours, theirs = stepped
+    values, grads = tensors(made_of), [jnp.cos(9 * jnp.asarray(v)) for v in made_of]
+    assert "omniadam_kernel" in jax.jit(ours).lower(values, grads).as_text()
+    compiled_step = jax.jit(ours)
+    same(compiled_step(values, grads), jax.jit(theirs)(values, grads))
+
+    def slope(step: Any) -> Any:
+        return jax.grad(lambda g: sum(jnp.sum(w**2) for w in step(values, g)))
+
+    same(jax.jit(slope(ours))(grads), jax.jit(slope(theirs))(grads), rtol=1e-3, atol=1e-6)
+    same(slope(ours)(grads), slope(theirs)(grads), rtol=1e-3, atol=1e-6)
+    both = jax.jit(jax.vmap(ours))(*[[jnp.stack([x, 2 * x]) for x in v] for v in (values, grads)])
+    for i in (0, 1):
+        alone = compiled_step(*[[x * (i + 1) for x in v] for v in (values, grads)])
+        same([w[i] for w in both], alone, rtol=1e-6)
+
+    # Runs of one program at once, on one device and on eight, do not get in each other's way.
+    expected = [host(compiled_step([w * k for w in values], grads)) for k in range(8)]
+    for _ in range(5):
+        runs = [compiled_step([w * k for w in values], grads) for k in range(8)]
+        for run, want in zip(runs, expected, strict=True):
+            same(run, want, rtol=0, atol=0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
+    for spec in (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")):
+        place = jax.sharding.NamedSharding(mesh, spec)
+        spread = [values[0], jax.device_put(values[1], place)]
+        spread[0] = jax.device_put(spread[0], jax.sharding.NamedSharding(mesh, type(spec)()))
+        same(compiled_step(spread, grads), expected[1], rtol=1e-6)
+
+
 @on()
 def test_constraints_and_overwriting() -> None:
     w = keras.Variable(np.array([1.0, -2.0], np.float32))

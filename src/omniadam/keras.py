@@ -325,6 +325,8 @@ class _Engine(adam.Adam):
         count = self._owner._iterations
         self._iteration = count if backend.holder is None else backend.holder(count)
         self._locate()
+        if backend.holder is not None:
+            backend.prefer_kernels([entry.variable for entry in entries])
         self.built = True
 
     def _locate(self) -> None:

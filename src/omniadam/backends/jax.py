@@ -14,7 +14,8 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, ClassVar
@@ -196,6 +197,8 @@ class JAX(Functional):
         self._is_rehearsing = False
         # While a step is compiled that runs on the CPU kernels: what these need to live on.
         self._jobs: list[Any] | None = None
+        # Whether a step in a function that a user compiles calls the kernels: see `prefer_kernels`.
+        self._prefers_kernels = False
         # After an eager step: by identity of a counter, an array with its value.
         self._counts: dict[int, Any] = {}
 
@@ -471,6 +474,9 @@ class JAX(Functional):
             step(selection, gradients, rate, fixed)
 
         self._counts = {}
+        if self._prefers_kernels and not self._stand_ins and not nothing_is_traced():
+            self._run_by_kernels(advance, selection, gradients, rate)
+            return
         if self._stand_ins or not nothing_is_traced():
             self.run_here(advance, selection, gradients, rate)
             return
@@ -509,6 +515,38 @@ class JAX(Functional):
         for key in self._stored:
             self.store(*cells[key])
 
+    def prefer_kernels(self, variables: Sequence[Any]) -> None:
+        """Let steps in functions that are compiled call the kernels, if all is on one CPU."""
+        self._prefers_kernels = (
+            jax.default_backend() == "cpu" and all(map(_is_on_cpu, variables)) and _kernels_work()
+        )
+
+    def _run_by_kernels(
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any
+    ) -> None:
+        """A step inside a trace by the kernels, which XLA alone can differentiate."""
+        try:
+            changed, kept = self._rehearse(advance, selection, gradients, rate)
+        except _NotOurs:
+            self.run_here(advance, selection, gradients, rate)
+            return
+
+        def step(jobs: list[Any] | None, values: list[Any], gradients: Any, rate: Any) -> list[Any]:
+            cells = {id(v): (v, x) for v, x in zip((*changed, *kept), values, strict=True)}
+            self._jobs = jobs
+            try:
+                self.inline(lambda: advance(gradients, rate), selection, cells)
+            finally:
+                self._jobs = None
+            return [cells[id(v)][1] for v in changed]
+
+        by_kernels = jax.custom_jvp(partial(step, _traced_jobs))
+        by_kernels.defjvp(partial(jax.jvp, partial(step, None)))
+        values = [self.load(v) for v in (*changed, *kept)]
+        new = by_kernels(values, gradients, rate)
+        for variable, value in zip(changed, new, strict=True):
+            self.store(variable, value)
+
     def _rehearse(
         self, advance: Advance, selection: Selection, gradients: Any, rate: Any
     ) -> tuple[list[Any], list[Any]]:
@@ -544,7 +582,8 @@ class JAX(Functional):
             ]
             coefficients = self._row((0.0,) * 4, pass_c, (), wide)
             form = jax.ShapeDtypeStruct((len(chosen),), wide)
-            found = jax.ffi.ffi_call(_TARGET, form)(job.plan, coefficients, *arrays)
+            call = jax.ffi.ffi_call(_TARGET, form, vmap_method="sequential")
+            found = call(job.plan, coefficients, *arrays)
             sums.update(zip(chosen, found, strict=True))
         return [sums[i] for i in range(len(entries))]
 
@@ -575,6 +614,7 @@ class JAX(Functional):
             call = jax.ffi.ffi_call(
                 _TARGET,
                 [jax.ShapeDtypeStruct(old[i].shape, old[i].dtype) for i in stored],
+                vmap_method="sequential",
                 input_output_aliases={2 + i: k for k, i in enumerate(stored)},
             )
             chosen_factors = [factors[i] for i in chosen if kind.clipped_by_factor]
@@ -761,6 +801,8 @@ class _Running:
         jax.block_until_ready(self._last())
 
 
+# Of steps in functions that users compiled: nobody knows when the last one of these is gone.
+_traced_jobs: list[Any] = []
 _running: set[_Running] = set()
 # Of programs that are gone. The garbage collector may have come in the middle of anything, where
 # JAX must not be asked whether a step is over: the next program asks.
@@ -777,6 +819,9 @@ def _drop_jobs() -> None:
 def _wait_at_exit() -> None:
     for each in _running:
         each.wait()
+    if _traced_jobs:
+        with suppress(Exception):  # of a program that failed
+            jax.block_until_ready(jax.live_arrays())
 
 
 class _NotOurs(Exception):

@@ -25,7 +25,8 @@ _KERNEL, _TASK, _HELPERS, _YIELD, _COUNT_OF_PLACES, _PLACES, _COEFFICIENTS = ran
 )
 _COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS = range(cpu._WORDS + 7, cpu._WORDS + 10)
 _ARGUMENTS = cpu._WORDS + 10  # five words, of which XLA's functions take their arguments
-_WORDS = _ARGUMENTS + 5
+_BUSY = _ARGUMENTS + 5  # by whom a call was begun that is not over: one, or those who wait as well
+_WORDS = _BUSY + 1
 _RULE_C, _PASS_C = 4, 8  # how many coefficients there are
 
 
@@ -85,6 +86,12 @@ def _build_handler() -> Any:
         arguments = view(to_pointer(f[9], int64), (f[7],))
         job = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
         j = view(to_pointer(job, int64), (_WORDS,))
+        # A program may run several times at once: on other devices, or on what does not depend on
+        # each other. A job has room for one.
+        while fetch_add(job + 8 * _BUSY, 1) != 0:
+            fetch_add(job + 8 * _BUSY, -1)
+            if j[_YIELD] != 0:
+                call(j[_YIELD], 0)
         n = j[_COUNT_OF_COEFFICIENTS]
         to = view(to_pointer(j[_COEFFICIENTS], float64), (n,))
         if view(to_pointer(arguments[1] + 16, int32), (1,))[0] == 12:  # XLA_FFI_DataType_F64
@@ -130,6 +137,7 @@ def _build_handler() -> Any:
                     sums_wide[tensor] = total
                 else:
                     sums[tensor] = float32(total)
+        fetch_add(job + 8 * _BUSY, -1)
         return 0
 
     return handler
