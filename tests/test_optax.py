@@ -648,3 +648,18 @@ def test_digits() -> None:
         assert apart < 1e-3 * moved, (name, apart, moved)
     accuracy = float((scores(got, images).argmax(axis=1) == labels).mean())
     assert accuracy > 0.97
+
+
+# --- Documentation -------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "optax.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_page(block: int) -> None:
+    exec(BLOCKS[block], {})
+
+
+def test_page_has_examples() -> None:
+    assert len(BLOCKS) >= 5
