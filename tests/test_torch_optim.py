@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings
@@ -1139,6 +1140,75 @@ def test_state_that_is_replaced_or_written_to() -> None:
         results.append((params, opt))
     assert_near(results[0][0], results[1][0])
     assert_same(*([o.state[p[0]]["step"] for p, o in results]))
+
+
+# What may happen to an optimizer between two steps: (parameters, optimizer, a random number) -> the
+# copies of both to go on with, if it makes copies.
+BETWEEN: dict[str, Callable[[Any, Any, float], Any]] = {
+    "lr": lambda p, o, r: o.param_groups[-1].update(lr=r * 0.1),
+    "tensor lr": lambda p, o, r: o.param_groups[-1].update(
+        lr=torch.tensor(r * 0.1, dtype=torch.float64)
+    ),
+    "betas": lambda p, o, r: o.param_groups[0].update(betas=(r * 0.9, 0.9 + r * 0.09)),
+    "eps": lambda p, o, r: o.param_groups[0].update(eps=r * 1e-3),
+    "decay": lambda p, o, r: o.param_groups[-1].update(weight_decay=r * 0.1),
+    "copy": lambda p, o, r: copy.deepcopy((p, o)),
+    "pickle": lambda p, o, r: pickle.loads(pickle.dumps((p, o))),
+    "load": lambda p, o, r: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "load a file": lambda p, o, r: o.load_state_dict(through_a_file(o.state_dict())),
+    "forget": lambda p, o, r: o.state.clear() if r < 0.3 else o.state.pop(p[0], None),
+    "other memory": lambda p, o, r: setattr(p[0], "data", p[0].data.clone()),
+    "count": lambda p, o, r: [s["step"].fill_(1 + int(9 * r)) for s in o.state.values()],
+    "other state": lambda p, o, r: [
+        s.update(exp_avg=s["exp_avg"] * r) for s in list(o.state.values())[:1]
+    ],
+    "freeze": lambda p, o, r: [each.requires_grad_(r < 0.5) for each in p[:2]],
+    "move": lambda p, o, r: (
+        o.param_groups[1]["params"].append(o.param_groups[0]["params"].pop())
+        if len(o.param_groups[0]["params"]) > 1
+        else None
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_between_steps(seed: int) -> None:
+    """Twenty random things, steps with missing gradients among them, as with torch's own."""
+    rng = random.Random(seed)
+    shapes = [rng.choice([(3,), (2, 2), (), (0,), (2, 3, 2, 2)]) for _ in range(rng.randint(3, 6))]
+    kind = rng.choice(["Adam", "AdamW"])
+    settings = {"lr": 0.1, "maximize": rng.random() < 0.3, "weight_decay": rng.choice([0, 0.1])}
+    settings["betas"] = rng.choice([(0.9, 0.999), (0.5, 0.9), (0.3, 0.4)])
+    sides: list[Any] = []
+    for module in (OURS[kind], getattr(torch.optim, kind)):
+        params = weights(*shapes, dtype=torch.float64, seed=seed)
+        opt = module([{"params": params[:2]}, {"params": params[2:-1], "lr": 0.01}], **settings)
+        sides.append((params, opt))
+    is_whole = False
+    for i in range(20):
+        what = rng.choice([*BETWEEN, "exchange", "add", *["step"] * 10])
+        r, missing = rng.random(), [k for k in range(len(shapes)) if rng.random() < 0.25]
+        if what == "exchange":
+            states = [copy.deepcopy(opt.state_dict()) for _, opt in sides]
+            for (_, opt), state in zip(sides, reversed(states), strict=True):
+                opt.load_state_dict(state)
+        for k, (params, opt) in enumerate(sides):
+            if what == "step":
+                give(params, i, missing)
+                opt.step()
+            elif what == "add" and not is_whole:
+                opt.add_param_group({"params": params[-1], "lr": r * 0.1})
+            elif what in BETWEEN:
+                copies = BETWEEN[what](params, opt, r)
+                sides[k] = copies if isinstance(copies, tuple) else (params, opt)
+        is_whole = is_whole or what == "add"
+        (ours, opt), (theirs, torch_opt) = sides
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+            state, expected = opt.state.get(p, {}), torch_opt.state.get(q, {})
+            assert state.keys() == expected.keys(), what
+            for key in state:
+                torch.testing.assert_close(state[key], expected[key], rtol=1e-9, atol=1e-12)
 
 
 def test_parameters_that_are_moved_and_converted() -> None:
