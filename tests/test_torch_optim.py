@@ -1163,6 +1163,7 @@ BETWEEN: dict[str, Callable[[Any, Any, float], Any]] = {
         s.update(exp_avg=s["exp_avg"] * r) for s in list(o.state.values())[:1]
     ],
     "freeze": lambda p, o, r: [each.requires_grad_(r < 0.5) for each in p[:2]],
+    "reorder": lambda p, o, r: o.param_groups[0]["params"].reverse(),
     "move": lambda p, o, r: (
         o.param_groups[1]["params"].append(o.param_groups[0]["params"].pop())
         if len(o.param_groups[0]["params"]) > 1
