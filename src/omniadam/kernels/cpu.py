@@ -93,13 +93,16 @@ def _primitives() -> Any:
 
         return types.CPointer(kind.dtype)(address, kind), generate
 
-    @intrinsic
-    def add_atomic(_: Any, address: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            target = builder.inttoptr(args[0], cgutils.intp_t.as_pointer())
-            return builder.atomic_rmw("add", target, args[1], "seq_cst")
+    def atomic(operation: str) -> Any:
+        @intrinsic
+        def on_word(_: Any, address: Any, value: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                target = builder.inttoptr(args[0], cgutils.intp_t.as_pointer())
+                return builder.atomic_rmw(operation, target, args[1], "seq_cst")
 
-        return types.int64(types.int64, types.int64), generate
+            return types.int64(types.int64, types.int64), generate
+
+        return on_word
 
     def convert(source: Any, target: Any, path: Callable[[Any, Any], Any]) -> Any:
         @intrinsic
@@ -118,7 +121,8 @@ def _primitives() -> Any:
         int64, float64 = types.int64, types.float64
         view = staticmethod(numba.carray)
         to_pointer = staticmethod(pointer)
-        fetch_add = staticmethod(add_atomic)
+        fetch_add = staticmethod(atomic("add"))
+        exchange = staticmethod(atomic("xchg"))
         njit = staticmethod(inline)
         half_to_single = convert(
             types.uint16,

@@ -67,7 +67,7 @@ def _build_handler() -> Any:
     call, call_kernel = _primitives()
     int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
     int32, float32 = numba.types.int32, numba.types.float32
-    fetch_add = p.fetch_add
+    fetch_add, exchange = p.fetch_add, p.exchange
 
     @p.njit
     def data_of(buffer: int) -> Any:
@@ -107,8 +107,8 @@ def _build_handler() -> Any:
             view(to_pointer(places[i], int64), (1,))[0] = data_of(arguments[2 + i])
         # A helper may come as late as this from the step before: it finds nothing to do until all
         # the rest is in its place.
-        fetch_add(job + 8 * cpu._DONE, -j[cpu._DONE])
-        fetch_add(job + 8 * cpu._NEXT, -j[cpu._NEXT])
+        exchange(job + 8 * cpu._DONE, 0)
+        exchange(job + 8 * cpu._NEXT, 0)
         for _ in range(j[_HELPERS]):
             j[_ARGUMENTS], j[_ARGUMENTS + 1], j[_ARGUMENTS + 2] = 40, 0, f[3]
             j[_ARGUMENTS + 3], j[_ARGUMENTS + 4] = j[_TASK], job
