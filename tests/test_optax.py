@@ -200,6 +200,16 @@ def test_updates_of_bfloat16_parameters(b2: float) -> None:
     assert ulps(got, want, sizes, "bfloat16") < ulps(theirs, want, sizes, "bfloat16")
 
 
+def test_small_float16_gradients() -> None:
+    """The square of 1e-4, and eps, are 0 in float16: a step computes in float32."""
+    params, grads = jnp.ones(2, jnp.float16), jnp.array([1e-4, -1e-4], jnp.float16)
+    updates, _ = adam(0.1).update(grads, adam(0.1).init(params))
+    assert updates.dtype == jnp.float16
+    np.testing.assert_allclose(updates, [-0.1, 0.1], rtol=2e-3)
+    theirs, _ = optax.adam(0.1).update(grads, optax.adam(0.1).init(params))
+    assert not np.isfinite(theirs).any()
+
+
 @pytest.mark.parametrize("epsilon_hat", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.5}], ids=["adam", "adamw"])
