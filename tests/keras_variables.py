@@ -13,7 +13,15 @@ import numpy as np
 from keras import ops
 
 import omniadam
-from cases import CASES, SMALL_SHAPES, Case, assert_close, gradients, variables
+from cases import (
+    CASES,
+    SMALL_SHAPES,
+    Case,
+    assert_close,
+    gradients,
+    sparse_gradient,
+    variables,
+)
 from omniadam import Adam
 from omniadam.compat import contrib_keras, optimizer_v2
 from reference import reference_contrib_keras, reference_optimizer_v2
@@ -123,6 +131,78 @@ def test_missing_gradient() -> None:
         Adam(0.1).apply([ops.ones(2), None], params)
     assert "w1" in str(caught[-1].message)
     assert params[0].numpy()[0] < 1.0 == params[1].numpy()[0]
+
+
+def sparse_form(indices: Any, values: Any, shape: tuple[int, ...]) -> Any:
+    """A gradient of an embedding as the backend's library has it."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant(shape))
+    if BACKEND == "torch":
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.sparse_coo_tensor(indices[None], torch.tensor(values), shape)
+    if BACKEND == "jax":
+        import jax.numpy as jnp
+        from jax.experimental.sparse import BCOO
+
+        return BCOO((jnp.asarray(values), jnp.asarray(indices[:, None])), shape=shape)
+    return omniadam.IndexedSlices(values, indices, shape)
+
+
+def test_sparse_gradients() -> None:
+    """Repeats are summed first, and rows that do not occur still move by their momentum."""
+    shape = (6, 2)
+    for name in ("defaults", "global_clipnorm", "gradient_accumulation_steps"):
+        params = made([np.ones(shape, np.float32)])
+        opt, reference = build(CASES[name], params), CASES[name].reference([np.ones(shape)])
+        for step in range(STEPS):
+            indices, values = sparse_gradient(step, shape)
+            dense = np.zeros(shape, np.float32)
+            np.add.at(dense, indices, values)
+            opt.apply_gradients([(sparse_form(indices, values, shape), params[0])])
+            reference.step([dense])
+        assert_close([params[0].numpy()], reference)
+
+
+def test_a_compiled_function() -> None:
+    """100 calls of one are 100 eager steps, and a rate that is set between them takes effect."""
+    if BACKEND not in ("tensorflow", "jax"):
+        return  # they compile nothing
+    values = variables(shapes=SMALL_SHAPES)
+    case = CASES[NAMES[-1]]
+    eager, compiled = made(values), made(values)
+    one, other = build(case, eager), build(case, compiled)
+    one.build(eager)
+    other.build(compiled)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(lambda g: other.apply(g, compiled))
+    else:
+        import jax
+
+        pure = jax.jit(lambda w, s, g: other.stateless_apply(s, g, w), donate_argnums=(0, 1))
+
+        def step(g: Any) -> None:
+            held = [*compiled, *other.variables]
+            values = [v.value for v in held]
+            new = pure(values[: len(compiled)], values[len(compiled) :], g)
+            for variable, value in zip(held, [*new[0], *new[1]], strict=True):
+                variable.assign(value)
+
+    for i in range(100):
+        g = tensors(gradients(i % 10, shapes=SMALL_SHAPES))
+        if i == 50 and not callable(case.settings.get("learning_rate")):
+            one.learning_rate = other.learning_rate = 0.125
+        one.apply(g, eager)
+        step(g)
+    for a, b in zip(eager, compiled, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=2e-5, atol=1e-6)
+    assert int(one.iterations) == int(other.iterations)
 
 
 def test_state_moves_to_numpy_and_back() -> None:

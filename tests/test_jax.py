@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,6 +38,7 @@ from cases import (
 )
 from omniadam import Adam, AdamW, Optimizer, schedules
 from omniadam.adam import _ADAM
+from omniadam.kernels import cpu
 from omniadam.rule import RuleKey, make_adam
 from reference import Array, Reference
 
@@ -164,10 +166,10 @@ def numpy_run(
 # --- Numbers -------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, dtype: str, shapes: Sequence[tuple[int, ...]]) -> None:
+def run_case(case: Case, dtype: str, shapes: Sequence[tuple[int, ...]], steps: int = STEPS) -> None:
     params = refs_of(start(shapes, dtype))
     opt, reference = build(case, params), case.reference(start(shapes, dtype))
-    for step in range(STEPS):
+    for step in range(steps):
         given = gradients(step, shapes, dtype=dtype)
         opt.apply_gradients(zip(map(jnp.asarray, given), params, strict=True))
         reference.step(given)
@@ -189,6 +191,19 @@ SOME = ["defaults", "schedule", "clipvalue", "ema_overwrite_frequency", list(CAS
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", SOME)
 def test_every_dtype(name: str, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        run_case(CASES[name], dtype, SMALL_SHAPES)
+
+
+@pytest.mark.parametrize("name", ["defaults", "schedule", list(CASES)[-1]])
+def test_a_hundred_steps(name: str, path: str) -> None:
+    run_case(CASES[name], "float32", SMALL_SHAPES, 100)
+
+
+@pytest.mark.parametrize("path", ["xla"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", SOME)
+def test_every_dtype_by_xla_alone(name: str, dtype: str, path: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         run_case(CASES[name], dtype, SMALL_SHAPES)
 
@@ -502,6 +517,26 @@ def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, wanted = numpy_run(EVERYTHING, 5, shapes)
     assert_near(values_of(params), wanted)
     assert_near(opt.get_weights(), theirs.get_weights())
+
+
+def test_every_chunk_is_done_when_a_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more threads than cores, one is often stopped in the middle of its last chunk."""
+    monkeypatch.setenv("OMNIADAM_NUM_THREADS", "9")
+    before = set(backend._running)
+    (ref,), opt = refs_of([np.zeros((700, 1000), np.float32)]), Adam()
+    g, last = jnp.ones((700, 1000)), np.zeros((700, 1000))
+    for _ in range(150):
+        opt.apply_gradients([(g, ref)])
+        now = np.asarray(ref[...])
+        assert np.all(now < last)
+        last = now
+    (running,) = backend._running - before
+    (job,) = running._jobs
+    # Each of the nine asked once more than there were chunks.
+    asked, end = 0, time.monotonic() + 10
+    while asked < 9 and time.monotonic() < end:
+        asked = int(job._words[cpu._NEXT] - job._words[cpu._COUNT])
+    assert asked >= 9  # more, if a helper came so late that it served the next step too
 
 
 def test_an_optimizer_may_go_while_its_step_runs() -> None:

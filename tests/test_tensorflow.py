@@ -154,6 +154,11 @@ def test_every_setting(name: str) -> None:
     follow(name, "float32", SMALL_SHAPES)
 
 
+@pytest.mark.parametrize("name", ["defaults", "schedule", EVERYTHING])
+def test_a_hundred_steps(name: str, mode: str) -> None:
+    follow(name, "float32", SMALL_SHAPES, 100)
+
+
 @pytest.mark.parametrize("dtype", ["float64", *HALVES])
 @pytest.mark.parametrize("name", [name for name in CASES if "+" not in name] + [EVERYTHING])
 def test_every_dtype(name: str, dtype: str) -> None:
