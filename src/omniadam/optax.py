@@ -224,7 +224,9 @@ def scale_by_adam(
 
         leaves, tree = jax.tree.flatten_with_path(updates)
         moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
-        new = [direction(*leaf, mu, nu) for leaf, mu, nu in zip(leaves, *moments, strict=True)]
+        new = [
+            direction(path, g, mu, nu) for (path, g), mu, nu in zip(leaves, *moments, strict=True)
+        ]
         directions, mu, nu = (tree.unflatten([each[i] for each in new]) for i in range(3))
         return directions, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
