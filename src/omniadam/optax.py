@@ -178,7 +178,7 @@ def scale_by_adam(
     eps_root = _setting("eps_root", eps_root, options.small_constant)
     nesterov, epsilon_hat = bool(nesterov), options.boolean("epsilon_hat", epsilon_hat)
     theirs = optax.scale_by_adam(mu_dtype=mu_dtype)
-    # Of an array, which may be traced, it is not known: what is on is then right for all values.
+    # Of an array, which may be traced, nothing is known: it gets what is right for every value.
     short = {f"short_{i}": isinstance(b, float) and b < 0.5 for i, b in ((1, b1), (2, b2))}
     is_rooted = eps_root != 0.0 if isinstance(eps_root, float) else True
     rule = make_adam(
