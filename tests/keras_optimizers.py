@@ -6,6 +6,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -213,8 +214,7 @@ def loop(net: Any, opt: Any, steps: int) -> None:
         def step() -> Any:
             with tf.GradientTape() as tape:
                 value = loss(Y, net(X))
-            for pair in [zip(tape.gradient(value, trained), trained, strict=True)]:
-                opt.apply_gradients(pair)
+            opt.apply(tape.gradient(value, trained), trained)
             return value
 
         for _ in range(steps):
@@ -537,7 +537,7 @@ def test_kernels_in_compiled_functions() -> None:
     import jax
     import jax.numpy as jnp
 
-    made_of = [np.linspace(-1, 1, n, dtype=np.float32) for n in (5, 70_000)]
+    made_of = [np.linspace(-1, 1, n, dtype=np.float32) for n in (5, 200_000)]
     settings = {"learning_rate": 0.1, "global_clipnorm": 1.0, "use_ema": True}
     stepped = []
     for kind in (Adam, Theirs):
@@ -567,17 +567,25 @@ def test_kernels_in_compiled_functions() -> None:
         same([w[i] for w in both], alone, rtol=1e-6)
 
     # Runs of one program at once, on one device and on eight, do not get in each other's way.
-    expected = [host(compiled_step([w * k for w in values], grads)) for k in range(8)]
-    for _ in range(5):
-        runs = [compiled_step([w * k for w in values], grads) for k in range(8)]
-        for run, want in zip(runs, expected, strict=True):
-            same(run, want, rtol=0, atol=0)
+    expected = [host(compiled_step([w * k for w in values], grads)) for k in range(4)]
+
+    def repeat(k: int) -> list[bool]:
+        mine = [w * k for w in values]
+        runs = (host(compiled_step(mine, grads)) for _ in range(50))
+        return [all(map(np.array_equal, run, expected[k])) for run in runs]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(all, pool.map(repeat, range(4))))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
     for spec in (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")):
         place = jax.sharding.NamedSharding(mesh, spec)
         spread = [values[0], jax.device_put(values[1], place)]
         spread[0] = jax.device_put(spread[0], jax.sharding.NamedSharding(mesh, type(spec)()))
-        same(compiled_step(spread, grads), expected[1], rtol=1e-6)
+        small, large = compiled_step(spread, grads)
+        for shard in small.addressable_shards:
+            same([shard.data], expected[1][:1], rtol=1e-6)
+        for shard in large.addressable_shards:
+            same([shard.data], [expected[1][1][shard.index]], rtol=1e-6)
 
 
 @on()
@@ -680,10 +688,13 @@ def test_values_assigned_between_steps_count() -> None:
     opt.apply([ops.ones(2)], [w])
     np.testing.assert_allclose(w.numpy(), 4.9, rtol=1e-5)
     same(opt.variables, saved)
+    opt.set_weights([np.zeros_like(v) if i != 1 else v for i, v in enumerate(saved)])
+    opt.apply([ops.ones(2)], [w])
+    same(opt.variables, saved)
     opt.weight_decay, opt.clipnorm = 1.0, 0.5
     opt.clipnorm, opt.clipvalue = None, 0.5
     opt.apply([ops.ones(2)], [w])
-    assert w.numpy()[0] < 4.9 - 0.4
+    assert w.numpy()[0] < 4.8 - 0.4
 
 
 @on()
