@@ -269,9 +269,6 @@ class HostMemory(Backend):
         elif plan is not None:
             plan.run(addresses, factors, rule_c, pass_c)
 
-    def value(self, variable: Any) -> Any:
-        return self.view(variable).item()
-
     def rate(self, value: Any) -> float:
         return options.rate("learning_rate", value)  # type: ignore[no-any-return]
 
