@@ -258,7 +258,7 @@ def test_compiled_unrolled_and_eager() -> None:
         {"jit_compile": True},
         {"run_eagerly": True},
         {"steps_per_execution": 3, "jit_compile": False},
-    )[: 2 if BACKEND == "torch" else 3]:  # where Keras makes one step at a time
+    )[slice(1, 2) if BACKEND == "torch" else slice(3)]:  # torch.compile takes long
         other = compiled(optimizer, **settings)
         fit(other, 1)
         same_training(other, net)
