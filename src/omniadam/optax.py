@@ -196,7 +196,7 @@ def scale_by_adam(
         count = optax.safe_increment(state.count)
         t = jnp.asarray(count, float)
         coefficients = (
-            *adam_coefficients(Scalars, 1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short),
+            *adam_coefficients(Scalars, -1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short),
             *optax_coefficients(Scalars, t, b1, b2, eps_root, epsilon_hat=epsilon_hat),
         )
 
@@ -216,11 +216,10 @@ def scale_by_adam(
             wide = "float32" if end.name in HALVES else end.name
             c = tuple(x if isinstance(x, float) else Arrays.cast(x, wide) for x in coefficients)
             g, m, v = (Arrays.cast(x, wide) for x in (g, mu, nu))
-            # What is subtracted from a variable is what the rule makes of zero, with the sign
-            # turned: no rounding of a variable is in it.
+            # Where the rule takes zero, at a rate of -1: no rounding of a variable is in it.
             u, (m, v) = rule(0.0, g, (m, v), c)
             kept = mean if mu_dtype is None else jnp.dtype(mu_dtype)
-            return (-u).astype(end), m.astype(kept), v.astype(nu.dtype)
+            return u.astype(end), m.astype(kept), v.astype(nu.dtype)
 
         leaves, tree = jax.tree.flatten_with_path(updates)
         moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
