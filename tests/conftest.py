@@ -21,6 +21,7 @@ LIBRARIES = (
     "keras",
     "lightning",
     "optax",
+    "orbax",
     "sklearn",
     "tensorflow",
     "tf_keras",

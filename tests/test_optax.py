@@ -296,10 +296,12 @@ def test_state_goes_either_way_in_the_middle_of_a_run(name: str) -> None:
         assert_near(train(a, state, params, range(10, 15)), want)
 
 
+@pytest.mark.needs("orbax")
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("back", [False, True])
 def test_checkpoint_of_one_is_read_into_the_other(tmp_path: Path, back: bool) -> None:
-    checkpoint = pytest.importorskip("orbax.checkpoint")
+    from orbax import checkpoint
+
     case = TABLE["schedule"]
     writer, reader = (made(x, case) for x in ((optax, ours) if back else (ours, optax)))
     params, state = train(writer, writer.init(tree()), tree(), range(5))
