@@ -38,7 +38,7 @@ from cases import (
 )
 from omniadam import Adam, AdamW, Optimizer, schedules
 from omniadam.adam import _ADAM
-from omniadam.kernels import cpu
+from omniadam.kernels import cpu, xla
 from omniadam.rule import RuleKey, make_adam
 from reference import Array, Reference
 
@@ -522,16 +522,15 @@ def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_chunk_is_done_when_a_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more threads than cores, one is often stopped in the middle of its last chunk."""
     monkeypatch.setenv("OMNIADAM_NUM_THREADS", "9")
-    before = set(backend._running)
-    (ref,), opt = refs_of([np.zeros((700, 1000), np.float32)]), Adam()
-    g, last = jnp.ones((700, 1000)), np.zeros((700, 1000))
+    before, shape = set(xla._jobs), (701, 1009)  # of no other test
+    (ref,), opt = refs_of([np.zeros(shape, np.float32)]), Adam()
+    g, last = jnp.ones(shape), np.zeros(shape)
     for _ in range(150):
         opt.apply_gradients([(g, ref)])
         now = np.asarray(ref[...])
         assert np.all(now < last)
         last = now
-    (running,) = backend._running - before
-    (job,) = running._jobs
+    (job,) = [job for key, job in xla._jobs.items() if key not in before]
     # Each of the nine asked once more than there were chunks.
     asked, end = 0, time.monotonic() + 10
     while asked < 9 and time.monotonic() < end:
@@ -547,10 +546,48 @@ def test_an_optimizer_may_go_while_its_step_runs() -> None:
         count = opt.apply_gradients(zip(given, params, strict=True))
         del opt, params
         gc.collect()
-    assert backend._left
-    jax.block_until_ready(count)
-    backend._drop_jobs()
-    assert not backend._left
+    assert int(count) == 1
+
+
+def test_many_variables_are_cut_into_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_MOST_IN_A_CALL", 2)
+    opt, params = Adam(**EVERYTHING), refs_of(start())
+    for step in range(5):
+        opt.apply_gradients(zip(grads(step), params, strict=True))
+    theirs, wanted = numpy_run(EVERYTHING, 5)
+    assert_near(values_of(params), wanted)
+    assert_near(opt.get_weights(), theirs.get_weights())
+
+
+def test_a_program_of_another_process_says_what_to_do() -> None:
+    form = jax.ShapeDtypeStruct((2,), np.float32)
+    call = jax.ffi.ffi_call("omniadam_kernel", [form] * 3)
+    assert backend._kernels_work()
+    plan, x = np.array([1, 2], np.uint32), np.zeros(2, np.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Trace the same step in this process"):
+        jax.block_until_ready(jax.jit(call)(plan, np.zeros(12, np.float32), x, x, x, x))
+
+
+def test_equal_steps_have_one_job_and_wait_for_each_other() -> None:
+    shapes: tuple[tuple[int, ...], ...] = ((300, 1001), (7,))
+    results: list[Any] = []
+    given = [grads(i, shapes) for i in range(20)]
+
+    def work() -> None:
+        opt, params = Adam(**EVERYTHING), refs_of(start(shapes))
+        for each in given:
+            opt.apply_gradients(zip(each, params, strict=True))
+        results.append(everything(opt, params))
+
+    work()
+    before = set(xla._jobs)
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(xla._jobs) == before
+    assert results == results[:1] * 4
 
 
 def test_the_process_may_end_while_a_step_runs() -> None:

@@ -1159,6 +1159,9 @@ BETWEEN: dict[str, Callable[[Any, Any, float], Any]] = {
     "forget": lambda p, o, r: o.state.clear() if r < 0.3 else o.state.pop(p[0], None),
     "other memory": lambda p, o, r: setattr(p[0], "data", p[0].data.clone()),
     "count": lambda p, o, r: [s["step"].fill_(1 + int(9 * r)) for s in o.state.values()],
+    "other memory of state": lambda p, o, r: [
+        setattr(x, "data", x.data.clone()) for s in o.state.values() for x in s.values()
+    ],
     "other state": lambda p, o, r: [
         s.update(exp_avg=s["exp_avg"] * r) for s in list(o.state.values())[:1]
     ],

@@ -549,7 +549,9 @@ class _Bucket:
         self._is_plain = all(e.variable is p for e, p in zip(entries, self.params, strict=True))
         self._tensors = list(map(sharded.local, self._reached()))
         self._places, self._looks = self._placed(), list(map(sharded.looks, self.params))
-        self._counts = [each["step"].numpy() for each in self._states]
+        self._steps = [each["step"] for each in self._states]
+        self._count_places = list(map(Tensor.data_ptr, self._steps))
+        self._counts = [step.numpy() for step in self._steps]
         self._t: float = self._counts[0].item()
         self._ts = [self._t] * len(entries)
         self._is_double = entries[0].slot_dtype == "float64"
@@ -581,6 +583,8 @@ class _Bucket:
             tensors = map(sharded.local, tensors)
         return (
             all(map(is_, tensors, self._tensors))
+            # Its `data` may have been replaced, as it is to move state to another device.
+            and list(map(Tensor.data_ptr, self._steps)) == self._count_places
             and list(map(np.ndarray.item, self._counts)) == self._ts
             and self._placed() == self._places
         )

@@ -11,7 +11,6 @@ import atexit
 import inspect
 import math
 import sys
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -195,8 +194,8 @@ class JAX(Functional):
         self._stand_ins: dict[int, Any] = {}
         self._given: dict[int, Any] = {}  # those of the step that runs
         self._is_rehearsing = False
-        # While a step is compiled that runs on the CPU kernels: what these need to live on.
-        self._jobs: list[Any] | None = None
+        # While a step is traced that is to run on the CPU kernels.
+        self._calls_kernels = False
         # Whether a step in a function that a user compiles calls the kernels: see `prefer_kernels`.
         self._prefers_kernels = False
         # After an eager step: by identity of a counter, an array with its value.
@@ -531,17 +530,17 @@ class JAX(Functional):
             self.run_here(advance, selection, gradients, rate)
             return
 
-        def step(jobs: list[Any] | None, values: list[Any], gradients: Any, rate: Any) -> list[Any]:
+        def step(by: bool, values: list[Any], gradients: Any, rate: Any) -> list[Any]:
             cells = {id(v): (v, x) for v, x in zip((*changed, *kept), values, strict=True)}
-            self._jobs = jobs
+            self._calls_kernels = by
             try:
                 self.inline(lambda: advance(gradients, rate), selection, cells)
             finally:
-                self._jobs = None
+                self._calls_kernels = False
             return [cells[id(v)][1] for v in changed]
 
-        by_kernels = jax.custom_jvp(partial(step, _traced_jobs))
-        by_kernels.defjvp(partial(jax.jvp, partial(step, None)))
+        by_kernels = jax.custom_jvp(partial(step, True))
+        by_kernels.defjvp(partial(jax.jvp, partial(step, False)))
         values = [self.load(v) for v in (*changed, *kept)]
         new = by_kernels(values, gradients, rate)
         for variable, value in zip(changed, new, strict=True):
@@ -567,15 +566,14 @@ class JAX(Functional):
     def square_sums(
         self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
     ) -> list[Any]:
-        if self._jobs is None or not xla.serves(rule):
+        if not self._calls_kernels or not xla.serves(rule):
             return super().square_sums(kind, rule, selection, gradients, pass_c)
         sums: dict[int, Any] = {}
         entries = selection.entries
         for dtype, gradient_dtype, _, chosen in _groups(kind, entries, gradients):
             wide = entries[chosen[0]].slot_dtype
             sizes = [math.prod(entries[i].shape) for i in chosen]
-            job = xla.Job(kind, rule, dtype, gradient_dtype, sizes, squares=True)
-            self._jobs.append(job)
+            job = xla.job(kind, rule, dtype, gradient_dtype, sizes, squares=True)
             arrays = [
                 *(self.read(entries[i].accumulator) for i in chosen if kind.accumulated),
                 *(_readable(gradients[i], wide) for i in chosen),
@@ -597,7 +595,7 @@ class JAX(Functional):
         rule_c: Sequence[Any],
         pass_c: Sequence[Any],
     ) -> None:
-        if self._jobs is None or not xla.serves(rule):
+        if not self._calls_kernels or not xla.serves(rule):
             super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
             return
         entries = selection.entries if kind.gradient else selection.rest
@@ -605,8 +603,7 @@ class JAX(Functional):
             wide = entries[chosen[0]].slot_dtype
             sizes = [math.prod(entries[i].shape) for i in chosen]
             decaying = kind._replace(decayed=decayed)
-            job = xla.Job(decaying, rule, dtype, gradient_dtype, sizes)
-            self._jobs.append(job)
+            job = xla.job(decaying, rule, dtype, gradient_dtype, sizes)
             touched = [v for i in chosen for v in _streams(kind, entries[i])]
             is_stored = [v for i in chosen for v in _are_stored(kind, entries[i])]
             old = [self.read(v) for v in touched]
@@ -727,18 +724,24 @@ class JAX(Functional):
 # --- the kernels of the CPU ---
 
 _TARGET = "omniadam_kernel"
+# XLA takes time by the square of the operands of a call and more: 27 s for 800 variables in one.
+_MOST_IN_A_CALL = 64
 
 
 def _groups(
     kind: Pass, entries: Sequence[Entry], gradients: Sequence[Any]
 ) -> list[tuple[str, str, bool, list[int]]]:
-    """Positions of the entries that one kernel serves, under the types and whether they decay."""
+    """Positions of the entries that one call serves, under the types and whether they decay."""
     groups: dict[tuple[str, str, bool], list[int]] = {}
     for i, entry in enumerate(entries):
         given = gradients[i].dtype.name if kind.gradient else entry.dtype
         given = given if given in FLOATS else entry.slot_dtype
         groups.setdefault((entry.dtype, given, kind.decayed and entry.decayed), []).append(i)
-    return [(*key, chosen) for key, chosen in groups.items()]
+    return [
+        (*key, chosen[i : i + _MOST_IN_A_CALL])
+        for key, chosen in groups.items()
+        for i in range(0, len(chosen), _MOST_IN_A_CALL)
+    ]
 
 
 def _streams(kind: Pass, entry: Entry) -> list[Any]:
@@ -766,7 +769,7 @@ def _kernels_work() -> bool:
     try:
         jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(xla.handler()), platform="cpu")
         rule = RuleKey(make_adam, ("momentum", "velocity"), (("amsgrad", False),))
-        job = xla.Job(Pass(gradient=True, updates=True), rule, "float32", "float32", [2])
+        job = xla.job(Pass(gradient=True, updates=True), rule, "float32", "float32", [2])
         form = jax.ShapeDtypeStruct((2,), np.float32)
         call = jax.ffi.ffi_call(_TARGET, [form] * 3, input_output_aliases={2: 0, 3: 1, 4: 2})
         w, g, zero, c = (
@@ -774,54 +777,21 @@ def _kernels_work() -> bool:
         )
         with jax.default_device(jax.devices("cpu")[0]):
             w, m, v = jax.jit(call)(job.plan, c, w, zero, zero, g)
+        atexit.register(_wait_for_steps)
         return [*w.tolist(), *m.tolist(), *v.tolist()] == [0.0, 3.0, 3.0, -4.0, 9.0, 16.0]
     except Exception:
         return False
 
 
+def _wait_for_steps() -> None:
+    """Before the interpreter goes, and the memory of the jobs with it."""
+    with suppress(Exception):  # of a program that failed
+        jax.block_until_ready(jax.live_arrays())
+
+
 def _is_on_cpu(variable: Any) -> bool:
     devices = variable.sharding.device_set
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
-
-
-class _Running:
-    """The jobs of a program, which must live until the last step that it began is over."""
-
-    def __init__(self, jobs: list[Any], counters: list[tuple[int, _Place]]) -> None:
-        self._jobs, self._counters = jobs, counters
-
-    def _last(self) -> list[Any]:
-        counts = [place._buf for _, place in self._counters]
-        return [x for x in counts if x is not None and not x.is_deleted()]
-
-    def is_over(self) -> bool:
-        return all(x.is_ready() for x in self._last())
-
-    def wait(self) -> None:
-        jax.block_until_ready(self._last())
-
-
-# Of steps in functions that users compiled: nobody knows when the last one of these is gone.
-_traced_jobs: list[Any] = []
-_running: set[_Running] = set()
-# Of programs that are gone. The garbage collector may have come in the middle of anything, where
-# JAX must not be asked whether a step is over: the next program asks.
-_left: list[_Running] = []
-
-
-def _drop_jobs() -> None:
-    for each in [each for each in _left if each.is_over()]:
-        _left.remove(each)
-        _running.discard(each)
-
-
-@atexit.register
-def _wait_at_exit() -> None:
-    for each in _running:
-        each.wait()
-    if _traced_jobs:
-        with suppress(Exception):  # of a program that failed
-            jax.block_until_ready(jax.live_arrays())
 
 
 class _NotOurs(Exception):
@@ -870,24 +840,18 @@ class Program:
         def omniadam_step(
             old: list[Any], others: list[Any], gradients: list[Any], rate: Any
         ) -> list[Any]:
-            backend._jobs = jobs if has_kernels else None
+            backend._calls_kernels = has_kernels
             try:
                 return step(old, others, gradients, rate)
             finally:
-                backend._jobs = None
+                backend._calls_kernels = False
 
-        jobs: list[Any] = []
         has_kernels = self._owns and all(map(_is_on_cpu, changed)) and _kernels_work()
         places = None
         if any(len(v.sharding.device_set) > 1 for v in changed):
             places = [v.sharding for v in (*changed, *counters)]
         self._compiled = jax.jit(omniadam_step, donate_argnums=0, out_shardings=places)
         self._keeping = jax.jit(step, out_shardings=places)
-        if has_kernels:
-            _drop_jobs()
-            running = _Running(jobs, self._counters)
-            _running.add(running)
-            weakref.finalize(self, _left.append, running)
 
     def __call__(self, gradients: Any, rate: Any) -> None:
         # Where NaN raises an error, the old values are still needed then.

@@ -10,12 +10,14 @@ interpreter is needed, so that a step stays as asynchronous as any other program
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from .. import rule as arithmetic
 from ..rule import Pass, RuleKey
 from . import cpu, jit
 
@@ -26,7 +28,8 @@ _KERNEL, _TASK, _HELPERS, _YIELD, _COUNT_OF_PLACES, _PLACES, _COEFFICIENTS = ran
 _COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS = range(cpu._WORDS + 7, cpu._WORDS + 10)
 _ARGUMENTS = cpu._WORDS + 10  # five words, of which XLA's functions take their arguments
 _BUSY = _ARGUMENTS + 5  # by whom a call was begun that is not over: one, or those who wait as well
-_WORDS = _BUSY + 1
+_KEY, _LINK = _BUSY + 1, _BUSY + 2  # what a program knows a job by, and the next job
+_WORDS = _BUSY + 3
 _RULE_C, _PASS_C = 4, 8  # how many coefficients there are
 
 
@@ -60,7 +63,10 @@ def _primitives() -> tuple[Any, Any]:
 
 
 def _build_handler() -> Any:
-    """What XLA calls: it is given a frame, whose words are those of `XLA_FFI_CallFrame`."""
+    """What XLA calls: it is given a frame, whose words are those of `XLA_FFI_CallFrame`.
+
+    Its argument is where the address of that frame stands, and behind it that of `_root`.
+    """
     import numba
 
     p = cpu._primitives()
@@ -73,7 +79,8 @@ def _build_handler() -> Any:
     def data_of(buffer: int) -> Any:
         return view(to_pointer(buffer + 24, int64), (1,))[0]
 
-    def handler(frame: int) -> Any:
+    def handler(given_addresses: int) -> Any:
+        frame, root_address = view(to_pointer(given_addresses, int64), (2,))
         f = view(to_pointer(frame, int64), (15,))
         if f[1] != 0:  # XLA asks which version this is written for: any of major version 0
             extension = view(to_pointer(f[1], int64), (4,))
@@ -84,7 +91,16 @@ def _build_handler() -> Any:
         if view(to_pointer(frame + 32, int32), (1,))[0] != 3:  # not the stage of execution
             return 0
         arguments = view(to_pointer(f[9], int64), (f[7],))
-        job = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
+        key = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
+        root = view(to_pointer(root_address, int64), (6,))
+        job = root[0]
+        while job != 0:
+            j = view(to_pointer(job, int64), (_WORDS,))
+            if j[_KEY] == key:
+                break
+            job = j[_LINK]
+        if job == 0:
+            return call(view(to_pointer(f[2] + 48, int64), (1,))[0], root_address + 16)
         j = view(to_pointer(job, int64), (_WORDS,))
         # A program may run several times at once: on other devices, or on what does not depend on
         # each other. A job has room for one.
@@ -166,8 +182,11 @@ def _address_of(function: Any) -> int:
 
 
 @cache
-def _entry(build: Any) -> int:
-    """The address of a kernel as C calls it: with its argument alone, returning its result."""
+def _entry(build: Any, *further: int) -> int:
+    """The address of a kernel as C calls it: with its argument alone, returning its result.
+
+    With `further` words the kernel takes the address of an array of the argument and these.
+    """
     import llvmlite.binding as llvm
     from llvmlite import ir
 
@@ -175,10 +194,15 @@ def _entry(build: Any) -> int:
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(word, [word]), "entry")
     builder = ir.IRBuilder(function.append_basic_block())
-    result = builder.alloca(word)
+    result, argument = builder.alloca(word), function.args[0]
+    if further:
+        words = builder.alloca(word, word(1 + len(further)))
+        for i, each in enumerate((argument, *map(word, further))):
+            builder.store(each, builder.gep(words, [word(i)]))
+        argument = builder.ptrtoint(words, word)
     kernel = ir.FunctionType(status, [word, word, word]).as_pointer()
     target = builder.inttoptr(word(_address_of(_compiled(build))), kernel)
-    builder.call(target, [builder.ptrtoint(result, word), word(0), function.args[0]])
+    builder.call(target, [builder.ptrtoint(result, word), word(0), argument])
     builder.ret(builder.load(result))
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), jit._machine())
     engine.finalize_object()
@@ -186,10 +210,22 @@ def _entry(build: Any) -> int:
     return int(engine.get_function_address("entry"))
 
 
+# The last job that was made, a free word, and the arguments of an error, as in
+# `XLA_FFI_Error_Create_Args`.
+_root = np.zeros(6, np.int64)
+_MESSAGE = ctypes.create_string_buffer(
+    b"This program was compiled by another process, in which an omniadam optimizer was traced. "
+    b"Trace the same step in this process, too; or compile with OMNIADAM_KERNEL=numpy in the "
+    b"environment, which leaves the step to XLA."
+)
+_FAILED_PRECONDITION = 9
+_root[2:] = 28, 0, ctypes.addressof(_MESSAGE), _FAILED_PRECONDITION
+
+
 @cache
 def handler() -> int:
     """The address of what XLA is to call."""
-    return _entry(_build_handler)
+    return _entry(_build_handler, _root.ctypes.data)
 
 
 @cache
@@ -200,9 +236,32 @@ def _yield() -> int:
         return 0
 
 
-# A helper may ask for work when the step that it was called for is over, and the optimizer gone:
-# the words of a job are never freed. All else that they point to is its own.
-_words_of_all: list[cpu.Int64s] = []
+# Programs name their jobs by key, whoever keeps a program for how long; and a helper may ask for
+# work when the step that it was called for is over. A job is never freed.
+_jobs: dict[int, Job] = {}
+
+
+def job(
+    kind: Pass,
+    rule: RuleKey,
+    dtype: str,
+    gradient_dtype: str,
+    sizes: Sequence[int],
+    *,
+    squares: bool = False,
+) -> Job:
+    """The job of these arguments, those of `Job`; one for all programs that ask for the same."""
+    made = rule.make
+    what = (kind, made.__module__, made.__qualname__, rule[1:], dtype, gradient_dtype)
+    digest = hashlib.sha256(repr((*what, tuple(sizes), squares)).encode())
+    # Of another version of the code it is another key: caches on disk keep programs.
+    for module in (__name__, cpu.__name__, arithmetic.__name__, made.__module__):
+        digest.update(jit.source_of(module).encode())
+    key = int.from_bytes(digest.digest()[:8], "little", signed=True)
+    if key not in _jobs:
+        _jobs[key] = Job(key, kind, rule, dtype, gradient_dtype, sizes, squares=squares)
+    _jobs[key].choose_threads()
+    return _jobs[key]
 
 
 def serves(rule: RuleKey) -> bool:
@@ -216,10 +275,10 @@ class Job:
 
     The operands of the call are `plan`, the coefficients (the rule's four, those of the pass, and
     a factor a variable if the pass clips by one), and the arrays: variable by variable what the
-    pass touches beside the gradient, as in `streams`, and then all gradients. It must live until
-    the last call has run.
+    pass touches beside the gradient, as in `streams`, and then all gradients.
 
     Args:
+        key: what programs know it by.
         kind: what the pass does.
         rule: the optimizer's rule.
         dtype: of the variables; float32, float64, float16 or bfloat16.
@@ -230,6 +289,7 @@ class Job:
 
     def __init__(
         self,
+        key: int,
         kind: Pass,
         rule: RuleKey,
         dtype: str,
@@ -261,25 +321,31 @@ class Job:
         self._partials = np.zeros(len(self._chunks))
         first = np.searchsorted(self._chunks[:, 0], np.arange(n + 1))
         self._first = np.ascontiguousarray(first, np.int64)
-        helpers = 0
-        if sum(sizes) >= cpu.PARALLEL:
-            helpers = max(0, min(cpu.threads(), len(self._chunks)) - 1)
+        self._elements = sum(sizes)
         self._words = words = np.zeros(_WORDS, np.int64)
-        _words_of_all.append(words)
         words[cpu._ADDRESSES], words[cpu._GRADIENTS] = rows, gradients
         words[cpu._CHUNKS], words[cpu._COUNT] = self._chunks.ctypes.data, len(self._chunks)
         words[cpu._RULE], words[cpu._PASS] = at, at + 8 * _RULE_C
         words[cpu._FACTORS] = at + 8 * (_RULE_C + _PASS_C)
         words[cpu._PARTIALS] = self._partials.ctypes.data
         words[_KERNEL], words[_TASK] = _address_of(kernel), _entry(_build_task)
-        words[_HELPERS], words[_YIELD] = helpers, _yield()
+        words[_YIELD] = _yield()
         words[_PLACES], words[_COUNT_OF_PLACES] = self._places.ctypes.data, len(places)
         is_factored = kind.clipped_by_factor and not squares
         words[_COEFFICIENTS] = at
         words[_COUNT_OF_COEFFICIENTS] = _RULE_C + _PASS_C + n * is_factored
         words[_FIRST_CHUNKS], words[_TENSORS] = self._first.ctypes.data * squares, n
 
+        words[_KEY], words[_LINK] = key, _root[0]
+        _root[0] = words.ctypes.data  # from now on it can be found
+
+    def choose_threads(self) -> None:
+        """Let the next calls use as many threads as are asked for now."""
+        is_large = self._elements >= cpu.PARALLEL
+        most = min(cpu.threads(), len(self._chunks)) if is_large else 1
+        self._words[_HELPERS] = max(0, most - 1)
+
     @property
     def plan(self) -> Any:
-        """The first operand: the address of the job, as two numbers of 32 bits."""
-        return np.array([self._words.ctypes.data], np.int64).view(np.uint32)
+        """The first operand: the key, as two numbers of 32 bits."""
+        return self._words[_KEY : _KEY + 1].view(np.uint32).copy()
