@@ -241,6 +241,39 @@ def test_keys_of_constraints() -> None:
         Adam().get_updates([w], {torch.ones(1): halved}, lambda: w.sum())
 
 
+def test_constraints_are_of_one_call() -> None:
+    a, b = np.full(1, 0.05), np.full(1, 3.0)
+    opt = Adam(lr=0.1)
+
+    def loss(w: Any) -> Any:
+        return w.sum()
+
+    [first] = opt.get_updates([a], {id(a): lambda value: np.maximum(value, 0.0)}, loss)
+    [second] = opt.get_updates([b], {}, loss)
+    first()
+    second()
+    assert a.tolist() == [0.0] and b[0] < 3.0
+    [without] = opt.get_updates([a], {}, loss)
+    without()
+    assert a[0] < 0.0
+    first()
+    assert a.tolist() == [0.0]
+
+
+def test_constraints_are_checked() -> None:
+    w, b = np.full(2, 0.5), np.full(3, 0.5)
+    opt = Adam()
+    for wrong in (None, 5):
+        constraints: Any = {id(b): wrong}
+        with pytest.raises(TypeError, match=r"of variable of shape \(3,\) must be a callable"):
+            opt.get_updates([w, b], constraints, lambda w, b: w.sum() + b.sum())
+    assert opt.get_weights() == []
+    for wrong in (lambda value: np.zeros(2), lambda value: 1.0):
+        [update] = Adam().get_updates([w, b], {id(b): wrong}, lambda w, b: w.sum() + b.sum())
+        with pytest.raises(ValueError, match=r"variable 'variable_1' must return its shape"):
+            update()
+
+
 # --- State and configuration ----------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -319,6 +320,25 @@ def test_a_config_between_the_generations() -> None:
     new = migrate(config | {"amsgrad": True, "clipnorm": 1.0})
     assert (new.learning_rate, new.amsgrad, new.global_clipnorm) == (0.5, True, 1.0)
     assert migrate({"class_name": "Adam", "config": config}).epsilon == 1e-7
+    # Of its documentation: "If `None`, defaults to `K.epsilon()`".
+    assert migrate(config | {"epsilon": None}).epsilon == 1e-7
+
+
+def test_a_config_of_todays_with_the_alias() -> None:
+    new = migrate({"lr": 0.5, "name": "mine", "global_clipnorm": 1.0})
+    assert (new.learning_rate, new.name, new.global_clipnorm) == (0.5, "mine", 1.0)
+    assert new.epsilon == 1e-7
+
+
+def test_of_a_copy() -> None:
+    """What a copy waits for is not lost."""
+    w, opt = np.ones(2), optimizer_v2.Adam()
+    opt.apply_gradients([(np.ones(2), w)])
+    found = [migrate(each) for each in (opt, copy.deepcopy(opt))]
+    for new in found:
+        new.build([w])
+    for a, b in zip(*(new.get_weights() for new in found), strict=True):
+        assert np.array_equal(a, b)
 
 
 @pytest.mark.needs("autograd", "torch", "tensorflow", "tf_keras")

@@ -22,7 +22,7 @@ import pytest
 
 from cases import assert_close, gradients, sparse_gradient, variables
 from older import LIBRARIES, Library, imported, spelled
-from omniadam import schedules
+from omniadam import migrate, schedules
 from omniadam.compat import optimizer_v2
 from omniadam.compat.optimizer_v2 import Adam
 from reference import Array, reference_optimizer_v2
@@ -553,6 +553,35 @@ def test_set_weights_errors() -> None:
         with pytest.raises(ValueError, match=r"weights|State variable"):
             opt.set_weights(wrong)
         assert all(np.array_equal(a, b) for a, b in zip(before, opt.get_weights(), strict=True))
+    with pytest.raises(ValueError, match="whole number"):
+        opt.set_weights([np.array(-1), np.zeros(2), np.zeros(2)])
+    with pytest.raises(TypeError, match="list of arrays"):
+        opt.set_weights(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole number"):
+        Adam().iterations = np.array(-1)
+    assert all(np.array_equal(a, b) for a, b in zip(before, opt.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_has_the_weights(again: Callable[[Adam], Adam]) -> None:
+    """They are there before it sees a variable, and so is what they are set to."""
+    grads, params = ones(LIBRARIES["numpy"], (2,), (3,))
+    opt = Adam(amsgrad=True)
+    opt.apply_gradients(zip(grads, params, strict=True))
+    other = again(again(opt))
+    for weights in (other.get_weights(), other.weights):
+        for a, b in zip(opt.get_weights(), weights, strict=True):
+            assert np.array_equal(a, b)
+    for wrong in ([1, *other.get_weights()[:0:-1]], [-1, *other.get_weights()[1:]]):
+        with pytest.raises(ValueError, match="weights"):
+            other.set_weights(wrong)
+    assert np.array_equal(other.get_weights()[2], opt.get_weights()[2])
+    for each, those in ((opt, params), (other, [w.copy() for w in params])):
+        each.set_weights([np.array(7), *(2.0 * x for x in each.get_weights()[1:])])
+        each.apply_gradients(zip(grads, those, strict=True))
+    assert int(other.iterations) == 8
+    for a, b in zip(opt.get_weights(), other.get_weights(), strict=True):
+        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
@@ -1080,6 +1109,68 @@ def test_checkpoints(way: str, when: str, tf: Any, tf_keras: Any, tmp_path: Any)
     if reader is Adam:  # whose weights are in their order; the original's then are in the file's
         shapes = [x.shape for x in other.get_weights()]
         assert shapes == [(), *SHAPES, *SHAPES, *SHAPES]
+
+
+@pytest.mark.parametrize("kind", ["the original", "ours"])
+def test_order_after_a_checkpoint(kind: str, tf: Any, tf_keras: Any, tmp_path: Any) -> None:
+    """A checkpoint has none, and variables of one shape could be taken for each other."""
+    opt = (tf_keras.optimizers.legacy.Adam if kind == "the original" else Adam)(0.125)
+    params = [tf.Variable([float(i)]) for i in range(4)]
+    grads = [tf.constant([float(i + 1)]) for i in range(4)]
+    opt.apply_gradients(zip(grads, params, strict=True))
+    # By these names a file has them in another order.
+    held = {f"v{i}": w for i, w in zip((2, 0, 3, 1), params, strict=True)}
+    path = tf.train.Checkpoint(optimizer=opt, **held).save(str(tmp_path / "checkpoint"))
+    copies = [tf.Variable(w) for w in params]
+    held = {f"v{i}": w for i, w in zip((2, 0, 3, 1), copies, strict=True)}
+
+    def restored() -> Adam:
+        other = Adam()
+        tf.train.Checkpoint(optimizer=other, **held).restore(path).assert_consumed()
+        return other
+
+    other = restored()
+    weights = opt.get_weights()
+    for use in (
+        Adam.get_weights,
+        lambda other: other.set_weights(weights),
+        migrate,
+        copy.deepcopy,
+        pickle.dumps,
+    ):
+        with pytest.raises(ValueError, match="Make one step first"):
+            use(other)
+
+    @tf.function
+    def step() -> None:
+        other.apply_gradients(zip(grads, copies, strict=True))
+
+    opt.apply_gradients(zip(grads, params, strict=True))
+    step()
+    for got in (other.get_weights(), copy.deepcopy(other).get_weights()):
+        for a, b in zip(got, opt.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+    new = migrate(other)
+    new.build([w.numpy() for w in copies])
+    moments = [float(x[0]) for x in new.get_weights()[2:]]
+    got = [float(x[0]) for x in other.get_weights()[1:]]
+    assert moments == [x for pair in zip(got[:4], got[4:], strict=True) for x in pair]
+    step()
+    assert int(other.iterations) == 3
+
+    # In two parts, between which the order of the others is open still.
+    other = restored()
+    other.apply_gradients([(grads[2], copies[2])])
+    with pytest.raises(ValueError, match="Make one step first"):
+        other.get_weights()
+    late = tf.Variable([4.0])
+    other.apply_gradients(zip([*grads[:2], *grads], [late, *copies[:2], copies[3]], strict=False))
+    order = [copies[2], late, *copies[:2], copies[3]]
+    slots = [other.get_slot(w, name) for name in ("m", "v") for w in order]
+    assert {id(w) for w in other.weights[1:]} == {id(slot) for slot in slots}
+    assert [float(x[0]) for x in migrate(other)._awaited[2::2]] == [
+        float(slot[0]) for slot in slots[:5]
+    ]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from ..backends.base import received
 from ..optimizer import _as_list
 from .engine import JointlyClipped
-from .older import Clip, Hyperparameter, Older, as_it_is
+from .older import Clip, Hyperparameter, Older, _name_of, as_it_is
 
 _KWARGS = ("clipnorm", "clipvalue")
 
@@ -131,8 +132,9 @@ class Adam(Older):
             may be run as often as wanted.
 
         Raises:
+            TypeError: if a constraint is no callable.
             ValueError: if a gradient cannot be computed, or there is a constraint of another
-                variable.
+                variable; in a step, if a constraint returns another shape.
         """
         variables = _as_list(params)
         pairs = constraints.items() if isinstance(constraints, Mapping) else constraints or ()
@@ -142,14 +144,22 @@ class Adam(Older):
             raise ValueError(
                 f"`constraints` must be of variables in `params`. Received {len(unknown)} others."
             )
+        for variable in variables:
+            if not callable(held.get(id(variable), abs)):
+                raise TypeError(
+                    f"The constraint of variable {_name_of(variable)} must be a callable. "
+                    f"Received: {received(held[id(variable)])}."
+                )
         self._build(variables)
-        self._engine.constrain(held)
-        self.updates = self._updates(
-            lambda: self._apply(
-                list(zip(self._get_gradients(loss, variables), variables, strict=True)), None
-            ),
-            variables,
-        )
+        self._engine.constrain(variables, held)
+
+        def step() -> Any:
+            # Another call may have given the same variables other constraints since.
+            self._engine.constrain(variables, held)
+            gradients = self._get_gradients(loss, variables)
+            return self._apply(list(zip(gradients, variables, strict=True)), None)
+
+        self.updates = self._updates(step, variables)
         return self.updates
 
     def get_config(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Engine(Adam):
         self.decay = 0.0
         # By identity of a variable, a function of its new value.
         self.constraints: dict[int, Callable[[Any], Any]] = {}
+        # What a pickle or a copy keeps the slots of each variable under.
+        self._names_of_slots: list[list[str]] = []
         # Creates a slot under the name that TensorFlow's files know it by.
         self.new_slot: Callable[[Backend, Entry, str, Any], Any] | None = None
 
@@ -65,10 +67,15 @@ class Engine(Adam):
             learning_rate = decayed_rate(learning_rate, decay, t)
         return super()._coefficients(functions, learning_rate, t, *others)
 
-    def constrain(self, constraints: dict[int, Callable[[Any], Any]]) -> None:
-        """Set variables, by identity, to a function of their new values after each step."""
-        self.constraints = constraints
-        self._version += 1
+    def constrain(
+        self, variables: Sequence[Any], constraints: dict[int, Callable[[Any], Any]]
+    ) -> None:
+        """Set these variables, by identity, to a function of their new values after each step."""
+        others = {id(v) for v in variables}
+        kept = {key: value for key, value in self.constraints.items() if key not in others}
+        if self.constraints != kept | constraints:
+            self.constraints = kept | constraints
+            self._version += 1  # what was compiled has the former ones
 
     def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
         super()._advance(selection, gradients, rate, fixed)
@@ -82,7 +89,9 @@ class Engine(Adam):
                 constraint = entry.key.constraint
             if constraint is not None:
                 read = backend.read if isinstance(backend, Functional) else backend.array
-                backend.assign(entry.variable, constraint(read(entry.variable)))
+                value = constraint(read(entry.variable))
+                _check_constrained(value, entry)
+                backend.assign(entry.variable, value)
 
     # --- variables that come later ---
 
@@ -131,6 +140,24 @@ class Engine(Adam):
         slot = self.new_slot(self._backend, entry, name or "var", initializer)
         self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name}", slot)
         return slot
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Hold the variables in another order, which lists their present positions."""
+        self._entries = tuple(self._entries[i] for i in order)
+        self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
+        self._selections, self._recent = {}, None
+
+    def slots(self) -> list[Sequence[Any]]:
+        """Of each variable; NumPy arrays in a pickle or a copy, which waits for its variables."""
+        if self._restored is None or self.built:
+            return [entry.slots for entry in self._entries]
+        state = self._restored.state
+        return [[state[name] for name in names] for names in self._names_of_slots]
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = {id(variable): name for name, variable in self._state}
+        held = [[names.get(id(slot), "") for slot in entry.slots] for entry in self._entries]
+        return super().__getstate__() | {"_names_of_slots": held or self._names_of_slots}
 
     def put_slot(self, entry: Entry, position: int, slot: Any) -> None:
         """Keep another variable as a slot."""
@@ -203,3 +230,17 @@ class JointlyClipped(Engine):
     _exclusive_clips: ClassVar[tuple[str, ...]] = ()
     _value_first: ClassVar[bool] = False
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_joint)
+
+
+def _check_constrained(value: Any, entry: Entry) -> None:
+    shape = getattr(value, "shape", None)
+    shape = np.shape(value) if shape is None else shape
+    if getattr(shape, "rank", 0) is None:
+        return  # of TensorFlow, which checks as it runs
+    if len(shape) != len(entry.shape) or any(
+        a not in (None, b) for a, b in zip(shape, entry.shape, strict=True)
+    ):
+        raise ValueError(
+            f"The constraint of variable '{entry.name}' must return its shape, {entry.shape}. "
+            f"Received {tuple(shape)}."
+        )

@@ -37,7 +37,8 @@ def migrate(optimizer: Any) -> Adam:
 
     Raises:
         TypeError: if it is no optimizer and no dictionary.
-        ValueError: if it is no Adam, or a setting has no equivalent; it says which.
+        ValueError: if it is no Adam, or a setting has no equivalent; it says which. If a checkpoint
+            was restored into it and it has made no step since, which tells the order of variables.
 
     Example:
         >>> from omniadam import migrate
@@ -78,12 +79,15 @@ def _of_config(config: Mapping[str, Any]) -> Adam:
         return _of_config(inner)
     config = _without_effect(config)
     if "lr" in config and "name" not in config:
-        amsgrad = config.pop("amsgrad", False)  # of the Keras between the two generations
+        # Of the Keras between the two generations, where epsilon may be None.
+        amsgrad = config.pop("amsgrad", False)
+        if config.get("epsilon", 0.0) is None:
+            config["epsilon"] = 1e-7
         older: Older = _checked(contrib_keras.Adam.from_config, config)
         adam = _of_older(older)
         adam.amsgrad = amsgrad
         return adam
-    if "decay" in config:
+    if "decay" in config or "lr" in config:
         return _of_older(_checked(optimizer_v2.Adam.from_config, config))
     return Adam.from_config(config)
 
@@ -107,12 +111,10 @@ def _of_older(optimizer: Older) -> Adam:
         names = sorted({name for name, _ in optimizer._extra})
         raise _no_equivalent(f"`add_slot` of {names}", "Keep those values yourself.")
     settings = {name: optimizer._plain(name) for name in optimizer._hyper}
-    state = None
-    if engine.built:
-        assert engine._backend is not None
-        columns = zip(*(entry.slots for entry in engine._entries), strict=True)
-        state = [[engine._backend.numpy(slot) for slot in column] for column in columns]
     count, *_ = optimizer.get_weights() or [np.array(0)]
+    read = _host if engine._backend is None else engine._backend.numpy
+    columns = zip(*engine.slots(), strict=True)
+    state = [[read(slot) for slot in column] for column in columns] or None
     return _adam(
         settings,
         {name: getattr(engine, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")},

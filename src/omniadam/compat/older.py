@@ -95,6 +95,8 @@ class Older:
         self._count_is_given = False
         # Slots in the order they were created: a name, and the position of the variable.
         self._created: list[tuple[str, int]] = []
+        # How many variables are in the order of steps; a checkpoint brings others in its own.
+        self._in_order = 0
         self._extra: dict[tuple[str, int], Any] = {}
         for name, value in hyper.items():
             self._set_hyper(name, value)
@@ -195,6 +197,9 @@ class Older:
                 "`iterations` must be a variable of shape () that holds an integer. Received: "
                 f"{received(variable)}."
             )
+        tensorflow = _tensorflow()
+        if tensorflow is None or not tensorflow.in_graph():
+            _count(_host(variable))
         self._engine.count_in(variable)
         self._counts = self._count_is_given = True
 
@@ -213,12 +218,15 @@ class Older:
     def _slot(self, name: str, i: int) -> Any:
         if (name, i) in self._extra:
             return self._extra[name, i]
-        return self._engine._entries[i].slots[self._slot_names.index(name)]
+        slots = self._engine._entries[i].slots if self._engine.built else self._engine.slots()[i]
+        return slots[self._slot_names.index(name)]
 
     def _create_slots(self, variables: Sequence[Any]) -> None:
         """Name the slots of variables that the engine has created: all m, all v, all vhat."""
         self._counts = True
         engine = self._engine
+        if self._in_order < len(engine._entries):
+            self._put_in_order(variables)
         names = self._slot_names[: len(engine._entries[0].slots)]
         if len(self._created) - len(self._extra) == len(names) * len(engine._entries):
             return  # as at every step but the first
@@ -233,7 +241,11 @@ class Older:
 
         Returns:
             A list of NumPy arrays: the count of iterations, and the slots in the order of creation.
+
+        Raises:
+            ValueError: if a checkpoint has brought slots, and no step has told their order yet.
         """
+        self._check_order()
         backend = self._engine._backend
         read = _host if backend is None else backend.numpy
         return [np.array(read(variable)) for variable in self._held()]
@@ -246,24 +258,33 @@ class Older:
                 those of the optimizer's weights, which exist after the first step.
 
         Raises:
+            TypeError: if it is no list.
             ValueError: if their number, a shape or a type is wrong. Nothing has been changed then.
         """
-        variables, weights, engine = self._held(), list(weights), self._engine
+        self._check_order()
+        variables, weights, engine = self._held(), _listed(weights), self._engine
         if len(weights) != len(variables):
             hint = "" if self._created else " It has no slots before the first step."
             raise ValueError(
                 f"`set_weights` needs {len(variables)} arrays, one for each of this optimizer's "
                 f"weights. Received {len(weights)}.{hint}"
             )
+        if not weights:
+            return
+        count = _count(_host(weights[0]))
         if engine._backend is None:
-            for value in weights:
-                number = options.as_float(_host(value))
-                if number is None or number < 0 or not number.is_integer():
-                    raise ValueError(f"`iterations` must be a whole number. Received: {value!r}")
-                count = engine._iteration
-                backend = backend_of(count)
+            slots = [_host(value) for value in weights[1:]]
+            for i, (value, variable) in enumerate(zip(slots, variables[1:], strict=True), 1):
+                if value.shape != tuple(variable.shape) or value.dtype.kind not in "fiu":
+                    raise ValueError(
+                        f"Number {i} of the weights must be real, of shape {variable.shape}. "
+                        f"Received shape {value.shape} and dtype {value.dtype}."
+                    )
+            values: list[Any] = [count, *slots]
+            for variable, new in zip(variables, values, strict=True):
+                backend = backend_of(variable)
                 assert backend is not None
-                backend.over([count]).assign(count, int(number))
+                backend.over([variable]).assign(variable, new)
             return
         given = {id(v): value for v, value in zip(variables, weights, strict=True)}
         read = engine._backend.numpy
@@ -293,10 +314,40 @@ class Older:
             self._created.append((name, i))
         return self._shown(self._slot(name, i))
 
-    def _sort_slots(self) -> None:
-        """The order of creation is that of a first step, whatever order a checkpoint has."""
+    def _put_in_order(self, variables: Sequence[Any]) -> None:
+        """Give what a checkpoint has brought the order that a step, with these, gives to others."""
+        engine, begin = self._engine, self._in_order
+        indices = [engine._index.get(id(v), -1) for v in variables]
+        given = dict.fromkeys(i for i in indices if i >= begin)
+        count = len(engine._entries)
+        order = [*range(begin), *given, *(i for i in range(begin, count) if i not in given)]
+        if order != [*range(count)]:
+            engine.reorder(order)
+            place = {i: k for k, i in enumerate(order)}
+            self._created = [(name, place[i]) for name, i in self._created]
+            self._extra = {(name, place[i]): slot for (name, i), slot in self._extra.items()}
+        self._in_order += len(given)
+        self._sort_slots(begin)
+
+    def _sort_slots(self, begin: int) -> None:
+        """The slots of variables from this one on, as first steps create them: all m, all v."""
         names = self._slot_names
-        self._created.sort(key=lambda s: (names.index(s[0]) if s[0] in names else len(names), s[1]))
+
+        def place(slot: tuple[str, int]) -> tuple[int, ...]:
+            name, i = slot
+            if i < begin:
+                return (0,)
+            return 1 + (i >= self._in_order), (*names, name).index(name), i
+
+        self._created.sort(key=place)
+
+    def _check_order(self) -> None:
+        if len(self._engine._entries) - self._in_order > 1:
+            raise ValueError(
+                "This optimizer was restored from a checkpoint, which has no order of variables, "
+                "so that its weights have none yet. Make one step first, with the variables in "
+                "their order."
+            )
 
     def _add_weight(
         self, name: str, shape: tuple[int, ...], dtype: str, initializer: Any, **arguments: Any
@@ -394,6 +445,26 @@ def _tensorflow() -> Any:
     if not hasattr(sys.modules.get("tensorflow"), "Variable"):
         return None
     return import_module(".tensorflow", __package__)
+
+
+def _listed(weights: Any) -> list[Any]:
+    try:
+        return list(weights)
+    except TypeError as error:
+        raise TypeError(
+            "`weights` must be a list of arrays, as get_weights() returns it. Received: "
+            f"{received(weights)}."
+        ) from error
+
+
+def _count(value: Array) -> int:
+    number = options.as_float(value)
+    if number is None or number < 0 or not number.is_integer():
+        raise ValueError(
+            "`iterations`, the first of the weights, must be a whole number >= 0. Received: "
+            f"{value!r}"
+        )
+    return int(number)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -18,7 +18,7 @@ from .. import options, schedules
 from ..backends.base import received, takes_arguments
 from ..optimizer import _as_list, _is_schedule
 from .engine import Engine
-from .older import Clip, Hyperparameter, Older, _name_of, as_it_is
+from .older import Clip, Hyperparameter, Older, _listed, _name_of, as_it_is
 
 _KWARGS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
@@ -186,7 +186,10 @@ class Adam(Older):
         Returns:
             The slot.
         """
-        return self._add_slot(var, slot_name, _initializer(initializer))
+        slot = self._add_slot(var, slot_name, _initializer(initializer))
+        if self._in_order < len(self._engine._entries):
+            self._put_in_order([var])
+        return slot
 
     def add_weight(
         self,
@@ -244,9 +247,10 @@ class Adam(Older):
                 vhat. A list of a V1 optimizer may have all vhat without `amsgrad`.
 
         Raises:
+            TypeError: if it is no list.
             ValueError: if their number, a shape or a type is wrong. Nothing has been changed then.
         """
-        weights = list(weights)
+        weights = _listed(weights)
         slots = len(self.weights) - 1
         if not self.amsgrad and slots > 0 and len(weights) == 1 + slots // 2 * 3:
             weights = weights[: 1 + slots]

@@ -229,7 +229,7 @@ class Trackable:
         optimizer: Any = self
         if tf.executing_eagerly():
             slot = optimizer._add_slot(variable, slot_name, "zeros")
-            optimizer._sort_slots()
+            optimizer._sort_slots(optimizer._in_order)
             return slot
         try:
             return optimizer.get_slot(variable, slot_name)
@@ -342,4 +342,5 @@ def _new(kind: Any) -> Any:
 
 def _state(optimizer: Any) -> dict[str, Any]:
     """Without what TensorFlow keeps on an object that it tracks."""
+    optimizer._check_order()  # a copy goes by the order of variables
     return {k: v for k, v in optimizer.__dict__.items() if not k.startswith("_self_")}
