@@ -568,6 +568,23 @@ def test_a_program_of_another_process_says_what_to_do() -> None:
         jax.block_until_ready(jax.jit(call)(plan, np.zeros(12, np.float32), x, x, x, x))
 
 
+def test_another_process_finds_the_program_in_the_cache_on_disk(tmp_path: Path) -> None:
+    code = """
+import os
+import jax, jax.numpy as jnp
+from omniadam import Adam
+jax.config.update("jax_compilation_cache_dir", os.environ["CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+ref = jax.new_ref(jnp.ones(3))
+Adam(0.1).apply_gradients([(jnp.ones(3), ref)])
+print(ref[...].round(3).tolist(), sorted(os.listdir(os.environ["CACHE"])))
+"""
+    first = run_elsewhere(code, CACHE=str(tmp_path))
+    assert "omniadam_step" in first
+    assert run_elsewhere(code, CACHE=str(tmp_path)) == first
+
+
 def test_equal_steps_have_one_job_and_wait_for_each_other() -> None:
     shapes: tuple[tuple[int, ...], ...] = ((300, 1001), (7,))
     results: list[Any] = []

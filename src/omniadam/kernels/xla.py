@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -92,15 +93,14 @@ def _build_handler() -> Any:
             return 0
         arguments = view(to_pointer(f[9], int64), (f[7],))
         key = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
-        root = view(to_pointer(root_address, int64), (6,))
-        job = root[0]
+        job = view(to_pointer(root_address, int64), (1,))[0]
         while job != 0:
             j = view(to_pointer(job, int64), (_WORDS,))
             if j[_KEY] == key:
                 break
             job = j[_LINK]
         if job == 0:
-            return call(view(to_pointer(f[2] + 48, int64), (1,))[0], root_address + 16)
+            return call(view(to_pointer(f[2] + 48, int64), (1,))[0], root_address + 8)
         j = view(to_pointer(job, int64), (_WORDS,))
         # A program may run several times at once: on other devices, or on what does not depend on
         # each other. A job has room for one.
@@ -210,16 +210,15 @@ def _entry(build: Any, *further: int) -> int:
     return int(engine.get_function_address("entry"))
 
 
-# The last job that was made, a free word, and the arguments of an error, as in
-# `XLA_FFI_Error_Create_Args`.
-_root = np.zeros(6, np.int64)
+# The last job that was made, and the arguments of an error: `XLA_FFI_Error_Create_Args`.
+_root = np.zeros(5, np.int64)
 _MESSAGE = ctypes.create_string_buffer(
     b"This program was compiled by another process, in which an omniadam optimizer was traced. "
     b"Trace the same step in this process, too; or compile with OMNIADAM_KERNEL=numpy in the "
     b"environment, which leaves the step to XLA."
 )
 _FAILED_PRECONDITION = 9
-_root[2:] = 28, 0, ctypes.addressof(_MESSAGE), _FAILED_PRECONDITION
+_root[1:] = 28, 0, ctypes.addressof(_MESSAGE), _FAILED_PRECONDITION
 
 
 @cache
@@ -239,6 +238,7 @@ def _yield() -> int:
 # Programs name their jobs by key, whoever keeps a program for how long; and a helper may ask for
 # work when the step that it was called for is over. A job is never freed.
 _jobs: dict[int, Job] = {}
+_making = threading.Lock()  # of two jobs that were linked at once, one would not be found
 
 
 def job(
@@ -258,8 +258,9 @@ def job(
     for module in (__name__, cpu.__name__, arithmetic.__name__, made.__module__):
         digest.update(jit.source_of(module).encode())
     key = int.from_bytes(digest.digest()[:8], "little", signed=True)
-    if key not in _jobs:
-        _jobs[key] = Job(key, kind, rule, dtype, gradient_dtype, sizes, squares=squares)
+    with _making:
+        if key not in _jobs:
+            _jobs[key] = Job(key, kind, rule, dtype, gradient_dtype, sizes, squares=squares)
     _jobs[key].choose_threads()
     return _jobs[key]
 
