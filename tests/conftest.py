@@ -16,6 +16,7 @@ import pytest
 LIBRARIES = (
     "accelerate",
     "autograd",
+    "flax",
     "h5py",
     "jax",
     "keras",
