@@ -114,7 +114,12 @@ class Custom(Optimizer):
         return True
 
     def _coefficients(
-        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: float
+        self,
+        rule: RuleKey,
+        functions: Any,
+        learning_rate: Any,
+        t: Any,
+        *hyperparameters: float,
     ) -> Sequence[float]:
         return learning_rate, 0.5, 0.0, 0.0
 

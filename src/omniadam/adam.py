@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from . import options
@@ -106,6 +107,10 @@ class Adam(Optimizer):
     def _rule(self) -> RuleKey:
         return _AMSGRAD if self.amsgrad else _ADAM
 
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
+        beta_1, beta_2, _ = hyperparameters
+        return by_memory(self._rule, beta_1 < 0.5, beta_2 < 0.5)
+
     @property
     def _is_fused(self) -> bool:
         return type(self).update_step is Adam.update_step
@@ -118,10 +123,16 @@ class Adam(Optimizer):
         )
 
     def _coefficients(
-        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: float
+        self,
+        rule: RuleKey,
+        functions: Any,
+        learning_rate: Any,
+        t: Any,
+        *hyperparameters: float,
     ) -> Sequence[Any]:
+        short = {name: True for name in _SHORT if (name, True) in rule.settings}
         return adam_coefficients(
-            functions, learning_rate, t, *hyperparameters, epsilon_hat=self._epsilon_hat
+            functions, learning_rate, t, *hyperparameters, epsilon_hat=self._epsilon_hat, **short
         )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -194,6 +205,18 @@ class AdamW(Adam):
 _SLOTS = ("momentum", "velocity")
 _ADAM = RuleKey(make_adam, _SLOTS, (("amsgrad", False),))
 _AMSGRAD = RuleKey(make_adam, (*_SLOTS, "velocity_hat"), (("amsgrad", True),))
+_SHORT = ("short_1", "short_2")
+
+
+def by_memory(rule: RuleKey, short_1: bool, short_2: bool) -> RuleKey:
+    """Adam's rule for betas that are, or are not, below one half: see `make_adam`."""
+    return _by_memory(rule, short_1, short_2) if short_1 or short_2 else rule
+
+
+@cache  # what was compiled for a rule is found by its identity
+def _by_memory(rule: RuleKey, *short: bool) -> RuleKey:
+    chosen = (each for each in zip(_SHORT, short, strict=True) if each[1])
+    return rule._replace(settings=(*rule.settings, *chosen))
 
 
 def _present(name: str, value: Any, check: options.Check) -> Any:

@@ -230,6 +230,13 @@ class Optimizer(_Base):
         """The rule that is fused into the step; None if `update_step` is the rule."""
         return None
 
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
+        """The rule of a step with these values of its settings; of a few, always the same object.
+
+        It has the slots of `_rule`.
+        """
+        return self._rule or _no_rule
+
     @property
     def _is_fused(self) -> bool:
         """Whether a step runs the rule itself; no, if a subclass overrides `update_step`."""
@@ -726,30 +733,28 @@ class Optimizer(_Base):
         backend.run(self._advance, selection, gradients, rate, fixed)
         backend.constrain(selection.entries)
 
-    def _rate_and_fixed(self) -> tuple[Any, tuple[int, tuple[float, ...]]]:
+    def _rate_and_fixed(self) -> tuple[Any, Fixed]:
         """What `_advance` takes beside gradients, of the settings as they are at this step."""
         rate = None
         if self._schedule is None and callable(self._learning_rate):
             assert self._backend is not None
             rate = self._backend.rate(self._learning_rate())
-        return rate, (self._version, self._hyperparameters())
+        numbers = self._hyperparameters()
+        return rate, Fixed(self._version, self._rule_of(numbers), numbers)
 
-    def _advance(
-        self, selection: Selection, gradients: Any, rate: Any, fixed: tuple[int, tuple[float, ...]]
-    ) -> None:
+    def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Fixed) -> None:
         """The order of a step; what touches every element is in `rule.make_element`.
 
         Args:
             selection: the entries with gradients.
             gradients: what the backend gathered.
             rate: the learning rate, if it is a callable's.
-            fixed: what a compiled step may take as constant: a version of the settings, and the
-                rule's hyperparameters.
+            fixed: what a compiled step may take as constant.
         """
         backend = self._backend
         assert backend is not None
         step, micro_step, average, _ = self._passes or self._make_passes()
-        rule = self._rule or _no_rule
+        rule = fixed.rule
         functions = backend.functions
         calls = backend.value(self._iteration)
         n = self.gradient_accumulation_steps
@@ -764,8 +769,8 @@ class Optimizer(_Base):
             if self._is_fused:
                 # Divided, so that a traced count becomes a float in every library.
                 t = (updates + 1) / 1
-                rule_c = self._coefficients(functions, learning_rate, t, *fixed[1])
-                factors = self._clip_factors(step, selection, gradients, pass_c)
+                rule_c = self._coefficients(rule, functions, learning_rate, t, *fixed.numbers)
+                factors = self._clip_factors(step, rule, selection, gradients, pass_c)
                 backend.sweep(step, rule, selection, gradients, factors, rule_c, pass_c)
             else:
                 self._update_each(selection, gradients, learning_rate, step, pass_c)
@@ -846,13 +851,23 @@ class Optimizer(_Base):
         return ()
 
     def _coefficients(
-        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: float
+        self,
+        rule: RuleKey,
+        functions: Any,
+        learning_rate: Any,
+        t: Any,
+        *hyperparameters: float,
     ) -> Sequence[Any]:
         """What the rule needs beside the arrays at step t = 1, 2, ..."""
         raise NotImplementedError
 
     def _clip_factors(
-        self, kind: Pass, selection: Selection, gradients: Any, pass_c: PassCoefficients
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        pass_c: PassCoefficients,
     ) -> Sequence[Any]:
         if not kind.clipped_by_factor:
             return ()
@@ -860,8 +875,7 @@ class Optimizer(_Base):
         assert backend is not None
         functions = backend.functions
         assert self._passes is not None
-        squares, rule = self._passes[3], self._rule or _no_rule
-        sums = backend.square_sums(squares, rule, selection, gradients, pass_c)
+        sums = backend.square_sums(self._passes[3], rule, selection, gradients, pass_c)
         if self.clipnorm is not None:
             threshold = self.clipnorm
             return [clip_factor(functions, functions.sqrt(each), threshold) for each in sums]
@@ -880,7 +894,7 @@ class Optimizer(_Base):
         """The step of a subclass that has an `update_step` of its own, variable by variable."""
         backend = self._backend
         assert backend is not None
-        factors = self._clip_factors(kind, selection, gradients, pass_c)
+        factors = self._clip_factors(kind, _no_rule, selection, gradients, pass_c)
         backend.update_each(
             kind,
             selection,
@@ -904,15 +918,17 @@ class Optimizer(_Base):
 
     def _update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """`update_step` by the rule."""
-        entry, backend, rule = self._entry(variable), self._backend, self._rule
-        assert backend is not None and rule is not None
+        entry, backend, numbers = self._entry(variable), self._backend, self._hyperparameters()
+        assert backend is not None
+        rule = self._rule_of(numbers)
         selection = self._selection((entry,))
         gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
         rule_c = self._coefficients(
+            rule,
             backend.functions,
             backend.rate(learning_rate),
             (self.iterations + 1) / 1,
-            *self._hyperparameters(),
+            *numbers,
         )
         backend.sweep(_UPDATE, rule, selection, gradients, (), rule_c, PassCoefficients())
 
@@ -1362,6 +1378,14 @@ def _host(value: Any) -> Array:
 def _is_schedule(value: Any) -> bool:
     """Whether it is a schedule, of ours or of Keras, which is not imported to find out."""
     return any(base.__name__ == "LearningRateSchedule" for base in type(value).__mro__)
+
+
+class Fixed(NamedTuple):
+    """What a compiled step may take as constant."""
+
+    version: int  # of the settings
+    rule: RuleKey
+    numbers: tuple[Any, ...]  # the rule's hyperparameters
 
 
 class _Restored(NamedTuple):

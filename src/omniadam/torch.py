@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import optimizer
 
 from . import options
-from .adam import _ADAM, _AMSGRAD
+from .adam import _ADAM, _AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Selection
 from .backends.host import Numbers
@@ -29,7 +29,6 @@ from .backends.torch import Scalars, Torch, TorchMemory
 from .rule import (
     Pass,
     PassCoefficients,
-    RuleKey,
     adam_coefficients,
     clip_factor,
     clip_factor_global,
@@ -474,13 +473,6 @@ _REFUSED = {
 _pass = cache(Pass)  # a plan belongs to one of these objects
 
 
-@cache
-def _rule(amsgrad: bool, short_1: bool, short_2: bool) -> RuleKey:
-    rule = _AMSGRAD if amsgrad else _ADAM
-    short = {"short_1": short_1, "short_2": short_2}
-    return rule._replace(settings=(*rule.settings, *(each for each in short.items() if each[1])))
-
-
 _AVERAGE = Pass(gradient=False, averaged=True)
 _SQUARES = Pass(gradient=True, updates=True)
 
@@ -644,7 +636,7 @@ class _Bucket:
         rule_c = adam_coefficients(
             Numbers, rate, t, beta_1, beta_2, epsilon, epsilon_hat=epsilon_hat, **short
         )
-        rule = _rule(bool(group["amsgrad"]), **short)
+        rule = by_memory(_AMSGRAD if group["amsgrad"] else _ADAM, **short)
         self._backend.sweep(kind, rule, self._selection, gradients, factors, rule_c, pass_c)
         if not self._is_plain:
             torch.autograd.graph.increment_version(self.params)

@@ -386,9 +386,9 @@ class TensorFlow(Functional):
     def _run_eagerly(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
     ) -> dict[int, Any]:
-        version, numbers = fixed
+        version, rule, numbers = fixed
         programs = selection.prepared.setdefault("programs", {})
-        key = version, rate is None, *(g.dtype for g in gradients)
+        key = version, rule, rate is None, *(g.dtype for g in gradients)
         program = programs.get(key)
         if program is None:
             while len(programs) >= _KEPT:
@@ -605,7 +605,7 @@ class Program:
         fixed: Any,
     ) -> None:
         self._backend, self._step, self._selection = backend, step, selection
-        self._version, self._numbers = fixed
+        self._fixed, self._numbers = fixed, fixed.numbers
         self._signature = [tf.TensorSpec(g.shape, g.dtype) for g in gradients]
         if rate is not None:
             self._signature.append(tf.TensorSpec((), tf.float64))
@@ -629,12 +629,11 @@ class Program:
         def omniadam_step(*tensors: Any) -> list[Any]:
             gradients, rate = list(tensors[:n]), tensors[n] if has_rate else None
             numbers = tensors[n + has_rate :] if numbers_are_given else self._numbers
+            fixed = self._fixed._replace(numbers=numbers)
             token = _by_xla.set(is_whole)
             backend._is_tracing, backend._is_in_parts = True, self._is_jit and self._is_large
             try:
-                counts = backend._run_here(
-                    self._step, self._selection, gradients, rate, (self._version, numbers)
-                )
+                counts = backend._run_here(self._step, self._selection, gradients, rate, fixed)
             finally:
                 _by_xla.reset(token)
                 backend._is_tracing = backend._is_in_parts = False
@@ -661,7 +660,7 @@ class Program:
             # Of a callable that returns something else each time: no constant of the program.
             self._compile(numbers_are_given=True)
         if not self._is_traceable:
-            fixed = self._version, numbers
+            fixed = self._fixed._replace(numbers=numbers)
             return self._backend._run_here(self._step, self._selection, gradients, rate, fixed)
         tensors = list(gradients)
         if rate is not None:

@@ -14,7 +14,7 @@ from ..backends.base import Backend, Entry, Selection
 from ..backends.functional import Functional
 from ..optimizer import _host
 from ..options import Option
-from ..rule import clip_factor_joint, decayed_rate, make_element, make_gradient
+from ..rule import RuleKey, clip_factor_joint, decayed_rate, make_element, make_gradient
 
 # What each hyperparameter may be, in the order that a step takes them.
 CHECKS: dict[str, options.Check] = {
@@ -59,13 +59,22 @@ class Engine(Adam):
                 raise ValueError(str(error).replace("learning_rate", name)) from error
         return check(name, value)
 
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
+        # One form for every beta: its bits are those of the older generations.
+        return self._rule
+
     def _coefficients(
-        self, functions: Any, learning_rate: Any, t: Any, *hyperparameters: Any
+        self,
+        rule: RuleKey,
+        functions: Any,
+        learning_rate: Any,
+        t: Any,
+        *hyperparameters: Any,
     ) -> Sequence[Any]:
         decay, *others = hyperparameters
         if not isinstance(decay, float) or decay > 0.0:
             learning_rate = decayed_rate(learning_rate, decay, t)
-        return super()._coefficients(functions, learning_rate, t, *others)
+        return super()._coefficients(rule, functions, learning_rate, t, *others)
 
     def constrain(
         self, variables: Sequence[Any], constraints: dict[int, Callable[[Any], Any]]
@@ -201,7 +210,7 @@ class Engine(Adam):
             selection, [backend.gradient(g, e) for g, e in zip(dense, entries, strict=True)]
         )
         c = twin._pass_coefficients(backend.functions, 0.0, 0)
-        factors = twin._clip_factors(kind, selection, gathered, c) or [1.0] * len(dense)
+        factors = twin._clip_factors(kind, self._rule, selection, gathered, c) or [1.0] * len(dense)
         if isinstance(backend, Functional):
             factors = [
                 backend._coefficients([factor], entry.dtype)[0]
