@@ -603,6 +603,7 @@ def test_gradients_of_other_types_are_converted(dtype: Any, kind: Any, kernel: s
 # --- Sparse gradients ----------------------------------------------------------------------------
 
 ROWS = np.ones((2, 4), np.float32)
+MASKED = ("must not be masked", "filled(0)")
 SPARSE: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]] = {
     "negative": ((ROWS, [-1, 0], (3, 4)), ValueError, ("0 to 2", "(3, 4)", "index -1")),
     "out of range": (
@@ -623,6 +624,9 @@ SPARSE: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]]
     "whole values": ((ROWS.astype(int), [0, 1], (3, 4)), TypeError, ("dtype int64",)),
     "complex values": ((ROWS * 1j, [0, 1], (3, 4)), TypeError, ("dtype complex64",)),
     "no values": ((None, [0, 1], (3, 4)), TypeError, ("dtype object",)),
+    "masked values": ((np.ma.array(ROWS, mask=ROWS > 2), [0, 1], (3, 4)), TypeError, MASKED),
+    "masked indices": ((ROWS, np.ma.array([0, 1], mask=[0, 1]), (3, 4)), TypeError, MASKED),
+    "list of masked rows": (([*np.ma.array(ROWS, mask=True)], [0, 1], (3, 4)), TypeError, MASKED),
     "empty table": ((ROWS, [0, 1], (0, 4)), ValueError, ("(0, 4)", "index 1")),
 }
 
@@ -717,6 +721,9 @@ def test_unknown_keyword(kind: Any, keyword: str) -> None:
 def test_adamw_needs_weight_decay() -> None:
     with pytest.raises(ValueError, match="`weight_decay` of AdamW must be a number"):
         AdamW(weight_decay=None)
+    later = AdamW()
+    later.weight_decay = None
+    assert AdamW.from_config(later.get_config()).get_config() == later.get_config()
 
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -884,6 +891,7 @@ def values_of(opt: Any, params: Arrays) -> list[Array]:
 
 # State: iteration, learning_rate, 3 averages, 3 * (momentum, velocity).
 COUNT = "'iteration' must be set to whole numbers of shape () (its dtype is int64)"
+COUNTED = "'iteration' must be set to whole numbers from 0 to 9223372036854775807"
 SLOT = "State variable 'layer_kernel_average' must be set to real numbers of shape (3, 4)"
 SAME = "Pass what get_weights() returned for the same variables and settings"
 BUILT = {
@@ -900,6 +908,18 @@ BUILT = {
     "part of a count": method("set_weights", at(0, 1.5), (COUNT, "dtype float64")),
     "infinite count": method("set_weights", at(0, INFINITY), (COUNT, "dtype float64")),
     "no count": method("set_weights", at(0, NAN), (COUNT, "dtype float64")),
+    "count that is too large": method("set_weights", at(0, 1e19), (COUNTED, "Received: 10000")),
+    "count that is one too large": method(
+        "set_weights", at(0, np.array(2**63, np.uint64)), (COUNTED, "Received: 9223372036854775808")
+    ),
+    "count below zero": method("set_weights", at(0, np.array(-1)), (COUNTED, "Received: -1")),
+    "rate below zero": method("set_weights", at(1, -5.0), ("`learning_rate` must be", "(-5.)")),
+    "no rate": method("set_weights", at(1, NAN), ("`learning_rate` must be", "nan")),
+    "infinite rate": method("set_weights", at(1, INFINITY), ("`learning_rate` must be", "inf")),
+    "masked": method("set_weights", at(2, np.ma.ones((3, 4))), (SLOT, "shape (3, 4)")),
+    "stored count below zero": method(
+        "load_own_variables", store(lambda s: s.update({"0": -2})), (COUNTED, "Received: -2")
+    ),
     "rate of two": method("set_weights", at(1, np.ones(2)), ("'learning_rate'", "(2,)")),
     "key missing": method(
         "load_own_variables",

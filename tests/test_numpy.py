@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -22,6 +23,7 @@ from cases import (
     with_missing,
 )
 from omniadam import Adam, IndexedSlices
+from omniadam.kernels import cpu
 from reference import Array, Reference
 
 STEPS = 50
@@ -108,6 +110,52 @@ def test_missing_and_sparse_gradients(name: str, kernel: str) -> None:
             opt.apply_gradients(zip(ours, params, strict=True))
         reference.step(given)
     check(opt, params, reference)
+
+
+@pytest.mark.needs("ml_dtypes")
+def test_sparse_bfloat16_is_summed_in_float32(kernel: str) -> None:
+    import ml_dtypes
+
+    values = np.array([[256.0], [1.0], [1.0], [3.0]], ml_dtypes.bfloat16)  # 257 is no bfloat16
+    sparse = IndexedSlices(values, np.array([1, 1, 1, 2]), (4, 1))
+    assert sparse.to_dense().ravel().tolist() == [0, 258, 3, 0]
+    assert str(sparse.dtype) == "bfloat16"
+    w, dense = (np.ones((4, 1), ml_dtypes.bfloat16) for _ in range(2))
+    for gradient, variable in ((sparse, w), (sparse.to_dense(), dense)):
+        Adam(0.1).apply_gradients([(gradient, variable)])
+    np.testing.assert_array_equal(w, dense)
+
+
+def plans_alive() -> int:
+    gc.collect()
+    return sum(type(each) is cpu.Sweep for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("kind", [omniadam.Adam, "torch"])
+def test_plans_of_few_sets_of_gradients_are_kept(kind: Any) -> None:
+    """However many of them are of another type in each step."""
+    params: list[Any] = [np.ones(2) for _ in range(8)]
+    if kind == "torch":
+        kind = pytest.importorskip("omniadam.torch").Adam
+        params = [pytest.importorskip("torch").from_numpy(p) for p in params]
+        opt = kind(params)
+    else:
+        opt = kind()
+    before = plans_alive()
+    for step in range(200):
+        grads = [p + 0 for p in params]
+        for i, g in enumerate(grads):
+            if step >> i & 1:
+                g = g.astype(np.float32) if isinstance(g, np.ndarray) else g[None].T[:, 0].float()
+                grads[i] = g
+        if hasattr(opt, "apply"):
+            opt.apply(grads, params)
+        else:
+            for p, g in zip(params, grads, strict=True):
+                p.grad_dtype = None
+                p.grad = g
+            opt.step()
+    assert plans_alive() - before < 50
 
 
 @pytest.mark.needs("keras")

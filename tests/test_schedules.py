@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniadam import schedules
+from omniadam import Adam, schedules
 from omniadam.schedules import (
     CosineDecay,
     CosineDecayRestarts,
@@ -366,6 +366,44 @@ def test_integer_gives_a_python_float(schedule):
     for step in (3, np.int64(3), np.int32(3), np.uint8(3), np.array(3), 10**6):
         assert type(schedule(step)) is float
     assert schedule(3) == schedule(np.uint8(3)) == schedule(np.array(3)) == schedule(3.0)
+
+
+OVERFLOWING = [
+    ExponentialDecay(0.1, 10, 2.0),
+    ExponentialDecay(0.1, 10, 2.0, staircase=True),
+    ExponentialDecay(0.1, 1e-320, 2.0, staircase=True),
+    CosineDecayRestarts(0.1, 10, t_mul=1.0, m_mul=2.0),
+    CosineDecayRestarts(0.1, 1, t_mul=1.5, m_mul=1e300),
+]
+
+
+@pytest.mark.parametrize("schedule", OVERFLOWING, ids=label)
+def test_what_is_too_large_for_a_float_is_infinite(schedule):
+    """As in Keras; an optimizer then has its error of the rate."""
+    step = 2**31 + 1
+    tensor = pytest.importorskip("torch").tensor(step)
+    rates = [schedule(step), schedule(np.array([step]))[0], schedule(tensor).item()]
+    assert rates == [math.inf] * 3
+    w, opt = np.ones(2), Adam(schedule)
+    opt.build([w])
+    opt.set_weights([np.array(step), *opt.get_weights()[1:]])
+    with pytest.raises(ValueError, match="`learning_rate` must be a number with 0 <= value < inf"):
+        opt.apply_gradients([(np.ones(2), w)])
+    assert opt.iterations == step and w.tolist() == [1, 1]
+
+
+def test_no_schedule_has_an_error_where_a_float_ends():
+    for schedule in (
+        ExponentialDecay(0.1, 5e-324, 0.5, staircase=True),
+        PolynomialDecay(1e308, 5e-324, power=0.5, cycle=True),
+        InverseTimeDecay(0.1, 5e-324, 1e308, staircase=True),
+        CosineDecay(1e308, 5e-324, alpha=1e308, warmup_target=1e308, warmup_steps=5e-324),
+        CosineDecayRestarts(0.1, 5e-324, t_mul=1.0),
+        CosineDecayRestarts(0.1, 5e-324, t_mul=1e308, m_mul=1e308),
+    ):
+        for step in (0, 1, 2**62):
+            assert schedule(step) >= 0 or math.isnan(schedule(step))
+            schedule(np.array([step]))
 
 
 @each_case

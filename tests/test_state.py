@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import product
@@ -151,6 +152,17 @@ def test_variables_without_names_are_called_as_in_keras() -> None:
     theirs.build([keras.Variable(w) for w in arrays().values()])
     ours.build(list(arrays().values()))
     assert list(ours.named_variables()) == [v.name for v in theirs.variables]
+
+
+def test_time_to_build_grows_with_the_number_of_variables_alone() -> None:
+    def seconds(count: int) -> float:
+        params = [np.ones(1) for _ in range(count)]
+        start = time.process_time()
+        Adam().build(params)
+        return time.process_time() - start
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (1500, 6000))
+    assert many < 8 * few
 
 
 def test_names_that_sanitise_to_the_same_are_told_apart() -> None:

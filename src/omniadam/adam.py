@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from . import options
 from .optimizer import Optimizer
@@ -200,6 +200,20 @@ class AdamW(Adam):
         )
         if self.weight_decay is None:
             raise ValueError("`weight_decay` of AdamW must be a number. Received: None")
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """As of every `Optimizer`; None for `weight_decay`, too, which it may be set to later."""
+        config = dict(config)
+        is_off = config.get("weight_decay", 0.0) is None
+        if is_off:
+            del config["weight_decay"]
+        optimizer = super().from_config(config, custom_objects)
+        if is_off:
+            optimizer.weight_decay = None
+        return optimizer
 
 
 _SLOTS = ("momentum", "velocity")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import options, schedules
 from .backends import Backend, backend_of, introduce, supported
-from .backends.base import Entry, Selection, received
+from .backends.base import Entry, Latest, Selection, received
 from .options import Option
 from .rule import Pass, PassCoefficients, RuleKey, clip_factor, clip_factor_global
 
@@ -84,6 +84,8 @@ class Optimizer(_Base):
     _exclusive_clips: ClassVar[tuple[str, ...]] = options.CLIPS
     _value_first: ClassVar[bool] = False
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_global)
+    # Those of the state, once a state variable was added to it.
+    _names: _Names | None = None
 
     def __init__(
         self,
@@ -104,8 +106,7 @@ class Optimizer(_Base):
         self._backend: Backend | None = None
         self._entries: tuple[Entry, ...] = ()
         self._index: dict[int, int] = {}  # id of a variable -> position of its entry
-        self._selections: dict[tuple[int, ...], Selection] = {}
-        self._recent: Selection | None = None
+        self._forget()
         self._passes: tuple[Pass, Pass, Pass, Pass] | None = None
         self._version = 0  # of the settings
         self._excluded_variables: list[Any] = []
@@ -132,6 +133,12 @@ class Optimizer(_Base):
         self._learning_rate: Any = None
         self._schedule: Callable[[Any], Any] | None = None
         self._set_learning_rate(learning_rate)
+
+    def _forget(self) -> None:
+        """Drop what was prepared for the sets of variables that have had gradients together."""
+        # By the identities of their entries.
+        self._selections = Latest(_SELECTIONS)
+        self._recent: Selection | None = None
 
     # --- settings ---
 
@@ -314,7 +321,9 @@ class Optimizer(_Base):
             if restored is not None and len(restored.variables) == len(given):
                 names = [name for name, _, _ in restored.variables]
             else:
-                names = _distinct([backend.name_of(v) or "variable" for v in given])
+                names = list(
+                    map(_Names().unique, (backend.name_of(v) or "variable" for v in given))
+                )
         entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
         seen: dict[int, str] = {}
         for entry in entries:
@@ -345,7 +354,8 @@ class Optimizer(_Base):
 
     def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
         introduce(Optimizer)
-        self._backend, self._entries, self._selections = backend, entries, {}
+        self._backend, self._entries = backend, entries
+        self._forget()
         self._index = {id(entry.key): i for i, entry in enumerate(entries)}
         excluded = {id(v) for v in self._excluded_variables}
         for entry in entries:
@@ -490,10 +500,10 @@ class Optimizer(_Base):
         return columns[0] if isinstance(name, str) else columns
 
     def _track(self, name: str, variable: Any) -> None:
-        taken = {each for each, _ in self._state}
-        unique, i = name, 1
-        while unique in taken:
-            unique, i = f"{name}_{i}", i + 1
+        names = self._names
+        if names is None or len(names) != len(self._state):
+            names = self._names = _Names(each for each, _ in self._state)
+        unique = names.unique(name)
         self._state.append((unique, variable))
         if self._restored is not None:
             value = self._restored.state.get(unique)
@@ -702,14 +712,14 @@ class Optimizer(_Base):
 
     def _selection(self, present: Sequence[Entry]) -> Selection:
         key = tuple(map(id, present))
-        selection = self._selections.get(key)
-        if selection is None:
+
+        def made() -> Selection:
             chosen = set(key)
             rest = tuple(e for e in self._entries if id(e) not in chosen and not e.replaced)
-            if len(self._selections) >= _SELECTIONS:
-                del self._selections[next(iter(self._selections))]  # the oldest
-            selection = self._selections[key] = Selection(tuple(present), rest)
-        return selection
+            return Selection(tuple(present), rest)
+
+        found: Selection = self._selections.found(key, made)
+        return found
 
     def _build_by(self, variables: list[Any], backend: Backend, entries: tuple[Entry, ...]) -> None:
         """Build on variables already described, by a subclass's own `build` if it has one."""
@@ -1126,7 +1136,8 @@ class Optimizer(_Base):
 
         Raises:
             ValueError: if the optimizer is not built, or the number of arrays, a shape or a type
-                is wrong. Nothing has been changed then.
+                is wrong, or a count or rate is none that there can be. Nothing has been changed
+                then.
         """
         if not self.built:
             raise ValueError(
@@ -1143,7 +1154,8 @@ class Optimizer(_Base):
         arrays = []
         for (name, variable), weight in zip(self._state, weights, strict=True):
             (shape, dtype), value = self._backend.form(variable), _host(weight)
-            fits = value.shape == shape and value.dtype.kind in "fiu"
+            is_masked = isinstance(weight, np.ma.MaskedArray)
+            fits = value.shape == shape and value.dtype.kind in "fiu" and not is_masked
             is_count = dtype.kind in "iu"
             if not fits or (is_count and not all(float(x).is_integer() for x in value.flat)):
                 raise ValueError(
@@ -1152,9 +1164,26 @@ class Optimizer(_Base):
                     f"{value.shape} and dtype {value.dtype}. Pass what get_weights() returned for "
                     "the same variables and settings."
                 )
-            arrays.append(value.astype(dtype))
+            if is_count:
+                self._check_whole(name, variable, value, dtype)
+            with np.errstate(over="ignore"):  # infinite in a smaller type, which a rate must not be
+                value = value.astype(dtype)
+            if variable is self._learning_rate:
+                options.rate(name, value)
+            arrays.append(value)
         for (_, variable), value in zip(self._state, arrays, strict=True):
             self._backend.assign(variable, value)
+
+    def _check_whole(self, name: str, variable: Any, value: Array, dtype: np.dtype[Any]) -> None:
+        """Raise ValueError if whole numbers cannot be held, or are none of what is counted."""
+        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        low = 0 if variable is self._iteration else low
+        wrong = [x for x in map(int, value.ravel().tolist()) if not low <= x <= high]
+        if wrong:
+            raise ValueError(
+                f"State variable '{name}' must be set to whole numbers from {low} to {high} (its "
+                f"dtype is {dtype}). Received: {wrong[0]}."
+            )
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.
@@ -1277,6 +1306,7 @@ class Optimizer(_Base):
             "_selections": {},
             "_recent": None,
             "_passes": None,
+            "_names": None,
             "_excluded_variables": [],
             "_excluded_exact": self._excluded_by_name(),
             "_restored": _Restored(held, saved) if held else None,
@@ -1286,6 +1316,7 @@ class Optimizer(_Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._forget()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self._settings().items())
@@ -1340,17 +1371,24 @@ def _names(entries: Sequence[Entry]) -> list[str]:
     return names if len(names) <= 12 else [*names[:12], f"... ({len(names)} in all)"]
 
 
-def _distinct(names: list[str]) -> list[str]:
+class _Names:
     """Keras's way to tell variables of one name apart: dense, dense_1, dense_2."""
-    taken: set[str] = set()
-    result = []
-    for name in names:
-        unique, i = name, 1
-        while unique in taken:
-            unique, i = f"{name}_{i}", i + 1
-        taken.add(unique)
-        result.append(unique)
-    return result
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+        self._last: dict[str, int] = {}  # the number that a name was given last
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def unique(self, name: str) -> str:
+        found, i = name, self._last.get(name, 0)
+        while found in self._taken:
+            i += 1
+            found = f"{name}_{i}"
+        self._last[name] = i
+        self._taken.add(found)
+        return found
 
 
 def _initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Array:

@@ -105,6 +105,16 @@ def whole(minimum: int) -> Check:
     return check
 
 
+def count(name: str, value: Any, most: int = 2**63 - 1) -> int:
+    """How often something was done, of any type that can say so."""
+    number = as_float(value)
+    if number is not None and number.is_integer():
+        exact = int(value.item() if hasattr(value, "item") else value)
+        if 0 <= exact <= most:
+            return exact
+    raise ValueError(f"`{name}` must be a whole number from 0 to {most}. Received: {value!r}")
+
+
 def text(name: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value

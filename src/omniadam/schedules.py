@@ -154,7 +154,8 @@ class _Formula(LearningRateSchedule):
     def __call__(self, step: Any) -> Any:
         """Learning rate of a step: a float for an integer, else an array of the step's library."""
         f = functions_of(step)
-        rate = self._rate(f.maximum(f.asarray_float(step), 0.0), f)
+        with np.errstate(all="ignore"):
+            rate = self._rate(f.maximum(f.asarray_float(step), 0.0), f)
         return float(rate) if isinstance(rate, float | np.ndarray) and not np.ndim(rate) else rate
 
     @abstractmethod
@@ -198,6 +199,14 @@ def _divide(step: Any, length: float, f: Any) -> tuple[Any, Any]:
     return count, step - count * length
 
 
+def _power(base: Any, exponent: Any) -> Any:
+    """A power of what is not negative; infinity where it is too large, of Python's floats too."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
 def _half_cosine(fraction: Any, f: Any) -> Any:
     """From 1 at `fraction` 0 down to 0 at 1."""
     return 0.5 * (1.0 + f.cos(math.pi * fraction))
@@ -235,7 +244,7 @@ class ExponentialDecay(_Formula):
     def _rate(self, step: Any, f: Any) -> Any:
         length = float(self.decay_steps)
         decays = _divide(step, length, f)[0] if self.staircase else step / length
-        return self.initial_learning_rate * self.decay_rate**decays
+        return self.initial_learning_rate * _power(self.decay_rate, decays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,7 +346,7 @@ class PolynomialDecay(_Formula):
             end = end * f.maximum(count, 1.0)
         left = f.maximum(end - step, 0.0) / end  # not 1 - step / end, so that it ends at 0 exactly
         drop = self.initial_learning_rate - self.end_learning_rate
-        return drop * left**self.power + self.end_learning_rate
+        return drop * _power(left, self.power) + self.end_learning_rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -480,7 +489,7 @@ class CosineDecayRestarts(_Formula):
 
     def _rate(self, step: Any, f: Any) -> Any:
         restarts, done = self._period(step, f)
-        height = self.m_mul**restarts
+        height = _power(self.m_mul, restarts)
         return self.initial_learning_rate * (
             (1.0 - self.alpha) * height * _half_cosine(done, f) + self.alpha
         )

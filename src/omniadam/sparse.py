@@ -22,7 +22,7 @@ class IndexedSlices:
         dense_shape: the shape of the variable, `(rows, *row)`.
 
     Raises:
-        TypeError: if indices are not integers or values are no array of numbers.
+        TypeError: if indices are not integers, values are no array of floats, or one is masked.
         ValueError: if the shapes do not fit together, or an index is out of range.
 
     Example:
@@ -38,8 +38,8 @@ class IndexedSlices:
     __slots__ = ("dense_shape", "indices", "values")
 
     def __init__(self, values: Any, indices: Any, dense_shape: Any) -> None:
-        self.values: npt.NDArray[Any] = np.asarray(values)
-        self.indices: npt.NDArray[Any] = np.asarray(indices)
+        self.values: npt.NDArray[Any] = _unmasked("values", values)
+        self.indices: npt.NDArray[Any] = _unmasked("indices", indices)
         self.dense_shape: tuple[int, ...] = tuple(operator.index(n) for n in dense_shape)
         _check(self)
 
@@ -69,14 +69,15 @@ class IndexedSlices:
     def coalesce(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """The distinct indices, ascending, and the sum of the rows of each.
 
-        Rows are added in the order of their occurrence; float16 is summed in float32 and left
-        there, as the rest of the step is computed in float32.
+        Rows are added in the order of their occurrence; float16 and bfloat16 are summed in float32
+        and left there, as the rest of the step is computed in float32.
 
         Returns:
             Indices of shape `(m,)` and values of shape `(m, *row)`, C-contiguous.
         """
         _check(self)  # the arrays may have been written to since
-        wide = np.float32 if self.values.dtype == np.float16 else self.values.dtype
+        held = self.values.dtype
+        wide = np.dtype(np.float32) if held.name in ("float16", "bfloat16") else held
         order = np.argsort(self.indices, kind="stable")
         rows = self.indices[order].astype(np.int64, copy=False)
         is_first = np.ones(len(rows), bool)
@@ -89,8 +90,22 @@ class IndexedSlices:
         return rows[is_first], np.ascontiguousarray(sums)
 
 
+def _unmasked(name: str, given: Any) -> npt.NDArray[Any]:
+    """An array of what was given: it would lose a mask without a word."""
+    parts = given if isinstance(given, (list, tuple)) else [given]
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        raise TypeError(
+            f"`{name}` of IndexedSlices must not be masked, of numpy.ma. Leave masked rows out, "
+            "or fill them: values.filled(0)."
+        )
+    return np.asarray(given)
+
+
 def _check(g: IndexedSlices) -> None:
-    if not np.issubdtype(g.values.dtype, np.floating):
+    _unmasked("values", g.values)
+    _unmasked("indices", g.indices)
+    # The bfloat16 of ml_dtypes is none of NumPy's own floats.
+    if not (np.issubdtype(g.values.dtype, np.floating) or g.values.dtype.name == "bfloat16"):
         raise TypeError(
             "`values` of IndexedSlices must be an array of floating-point numbers. "
             f"Received dtype {g.values.dtype}."

@@ -48,6 +48,29 @@ class Entry:
         return "float32" if self.dtype in HALVES else self.dtype
 
 
+class Latest(dict[Any, Any]):
+    """What was prepared for the keys that were asked for last.
+
+    Args:
+        most: how many are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def found(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is kept for a key, or is made for it now."""
+        value = self.pop(key, None)
+        if value is None:
+            value = make()
+        self[key] = value  # the last one now
+        if len(self) > self._most:
+            for oldest in list(self)[: -self._most]:  # another thread may have dropped it
+                self.pop(oldest, None)
+        return value
+
+
 @dataclass(eq=False)
 class Selection:
     """The entries that one step has gradients for, and the rest, which only has an average."""

@@ -17,7 +17,7 @@ from ..kernels import layout
 from ..kernels.cpu import STORAGE, SparseRows, threads
 from ..kernels.layout import Odd, Operand, Plan
 from ..rule import Pass, RuleKey, make_element, make_gradient
-from .base import Backend, Entry, Selection
+from .base import Backend, Entry, Latest, Selection
 
 Array = npt.NDArray[Any]
 
@@ -26,8 +26,11 @@ class Numbers:
     """Functions of Python numbers, in double precision."""
 
     sqrt, expm1 = staticmethod(math.sqrt), staticmethod(math.expm1)
-    cos, power = staticmethod(math.cos), staticmethod(math.pow)
-    asarray_float = float
+    power, asarray_float = staticmethod(math.pow), float
+
+    @staticmethod
+    def cos(x: float) -> float:
+        return math.cos(x) if math.isfinite(x) else math.nan
 
     @staticmethod
     def log(x: float) -> float:
@@ -35,11 +38,11 @@ class Numbers:
 
     @staticmethod
     def floor(x: float) -> float:
-        return float(math.floor(x))
+        return float(math.floor(x)) if math.isfinite(x) else x
 
     @staticmethod
     def ceil(x: float) -> float:
-        return float(math.ceil(x))
+        return float(math.ceil(x)) if math.isfinite(x) else x
 
     @staticmethod
     def where(condition: bool, a: float, b: float) -> float:
@@ -67,6 +70,9 @@ class Arrays:
 
 
 _NO_FACTORS = array("d")
+# How many plans are kept for the gradients of one set of variables: one for each pass, and for each
+# set of gradients in it that no kernel takes as they lie in memory.
+_PLANS = 32
 
 
 class Gradients:
@@ -176,7 +182,7 @@ class HostMemory(Backend):
             self.check_distinct(entries)
             prepared.clear()  # it holds addresses
             prepared["places"], prepared["memory"] = places, _spans(operands)
-            prepared["operands"] = operands
+            prepared["operands"], prepared["plans"] = operands, Latest(_PLANS)
             prepared["compiled"] = [layout.compiled_for(operand, None) for operand in operands]
 
     def _plan(
@@ -185,8 +191,8 @@ class HostMemory(Backend):
         """The plan for the regular entries (of the rest, if the pass reads no gradient)."""
         # The optimizer keeps its passes and rule, and to hash what they hold takes a microsecond.
         key = (id(kind), id(rule), *odd)
-        found = selection.prepared.get(key)
-        if found is None:
+
+        def made() -> tuple[Any, ...]:
             operands: list[Operand] = selection.prepared["operands"]
             if kind.gradient:
                 entries = selection.entries
@@ -202,8 +208,10 @@ class HostMemory(Backend):
                     [entries[i].decayed for i in regular],
                     self.threads,
                 )
-            found = selection.prepared[key] = (plan, regular, kind, rule)
-        return found[:2]
+            return plan, regular, kind, rule
+
+        plan, regular, *_ = selection.prepared["plans"].found(key, made)
+        return plan, regular
 
     def _odd_of(self, kind: Pass, selection: Selection, gradients: Gradients) -> dict[int, Any]:
         if kind.gradient:

@@ -123,7 +123,7 @@ class Engine(Adam):
             )
         self._entries = (*self._entries, *entries[len(held) :])
         self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
-        self._selections, self._recent = {}, None
+        self._forget()
         self._create_slots(self._entries[len(held) :])
 
     def _apply(self, grads: list[Any], variables: list[Any]) -> None:
@@ -154,7 +154,7 @@ class Engine(Adam):
         """Hold the variables in another order, which lists their present positions."""
         self._entries = tuple(self._entries[i] for i in order)
         self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
-        self._selections, self._recent = {}, None
+        self._forget()
 
     def slots(self) -> list[Sequence[Any]]:
         """Of each variable; NumPy arrays in a pickle or a copy, which waits for its variables."""
@@ -174,7 +174,7 @@ class Engine(Adam):
         self._state = [each for each in self._state if each[1] is not slots[position]]
         slots[position] = slot
         entry.slots = tuple(slots)
-        self._selections, self._recent = {}, None
+        self._forget()
 
     # --- scalars ---
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import schedules
+from .. import options, schedules
 from ..adam import Adam, AdamW
 from ..optimizer import _host, _is_schedule
 from . import contrib_keras, optimizer_v2
@@ -185,7 +185,7 @@ def _adam(
     elif _is_schedule(rate):
         settings["learning_rate"] = schedules.traceable(rate)
     adam = Adam(**settings, **given, amsgrad=amsgrad, name=name)
-    adam._iteration[...] = iterations
+    adam._iteration[...] = options.count("iterations", iterations)
     if slots is not None:
         moments = [slot for pair in zip(*slots[:2], strict=True) for slot in pair]
         hats = [slot for column in slots[2:] for slot in column]
@@ -211,7 +211,7 @@ def _of_keras(optimizer: Any, *, is_tf_keras: bool) -> Adam:
         adam.exclude_from_weight_decay(var_names=[pattern.pattern])
     variables = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
     weights = [_floats(variable) for variable in variables]
-    adam._iteration[...] = weights[0]
+    adam._iteration[...] = options.count("iterations", weights[0])
     slots = weights[1 if is_tf_keras else len(adam.variables) :]  # which has no rate among them
     if slots:
         adam._awaited = [*adam.get_weights(), *slots]

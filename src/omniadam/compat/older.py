@@ -199,7 +199,7 @@ class Older:
             )
         tensorflow = _tensorflow()
         if tensorflow is None or not tensorflow.in_graph():
-            _count(_host(variable))
+            options.count("iterations", _host(variable))
         self._engine.count_in(variable)
         self._counts = self._count_is_given = True
 
@@ -271,7 +271,7 @@ class Older:
             )
         if not weights:
             return
-        count = _count(_host(weights[0]))
+        count = options.count("iterations", _host(weights[0]))
         if engine._backend is None:
             slots = [_host(value) for value in weights[1:]]
             for i, (value, variable) in enumerate(zip(slots, variables[1:], strict=True), 1):
@@ -455,16 +455,6 @@ def _listed(weights: Any) -> list[Any]:
             "`weights` must be a list of arrays, as get_weights() returns it. Received: "
             f"{received(weights)}."
         ) from error
-
-
-def _count(value: Array) -> int:
-    number = options.as_float(value)
-    if number is None or number < 0 or not number.is_integer():
-        raise ValueError(
-            "`iterations`, the first of the weights, must be a whole number >= 0. Received: "
-            f"{value!r}"
-        )
-    return int(number)
 
 
 def _is_tensor(value: Any) -> bool:
