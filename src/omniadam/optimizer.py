@@ -371,7 +371,8 @@ class Optimizer(_Base):
         self.built = True
         if self._awaited is not None:
             try:
-                self.set_weights(self._awaited)
+                with backend.untraced():
+                    self.set_weights(self._awaited)
             except ValueError as error:
                 raise ValueError(
                     f"The state that was migrated belongs to other variables. {error}"
@@ -505,6 +506,7 @@ class Optimizer(_Base):
             names = self._names = _Names(each for each, _ in self._state)
         unique = names.unique(name)
         self._state.append((unique, variable))
+        assert self._backend is not None
         if self._restored is not None:
             value = self._restored.state.get(unique)
             if value is None or value.shape != tuple(variable.shape):
@@ -513,8 +515,8 @@ class Optimizer(_Base):
                     f"shape {tuple(variable.shape)}. It has {list(self._restored.state)}. Settings "
                     "that decide which state is kept cannot be changed."
                 )
-            self._assign(variable, value)
-        assert self._backend is not None
+            with self._backend.untraced():
+                self._assign(variable, value)
         self._backend.created(self, unique, variable)
 
     def _entry(self, variable: Any) -> Entry:
@@ -638,6 +640,8 @@ class Optimizer(_Base):
                 f"{len(variables)} variables: {_names(self._entries)}."
             )
         self._apply(grads, variables)
+        assert self._backend is not None
+        self._backend.check_run()
 
     def _apply(self, grads: list[Any], variables: list[Any]) -> None:
         selection = self._recent
@@ -941,6 +945,7 @@ class Optimizer(_Base):
             *numbers,
         )
         backend.sweep(_UPDATE, rule, selection, gradients, (), rule_c, PassCoefficients())
+        backend.check_run()
 
     def assign(self, variable: Any, value: Any) -> None:
         """Set a variable.

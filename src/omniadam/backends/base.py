@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -206,6 +207,13 @@ class Backend(ABC):
         `gradients` and `rate` change from call to call; a compiled step serves one `fixed`.
         """
         step(selection, gradients, rate, fixed)
+
+    def untraced(self) -> AbstractContextManager[Any]:
+        """In which what is assigned is no part of a function that is traced now."""
+        return nullcontext()
+
+    def check_run(self) -> None:
+        """Raise an error where what was done comes to nothing unless its result is asked for."""
 
     def replace(self, entry: Entry, gradient: Any, iteration: Any, steps: int | None) -> None:
         """Make a gradient the value of its variable (Keras's `overwrite_with_gradient`).

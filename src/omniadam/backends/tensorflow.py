@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import count
 from operator import is_
 from typing import Any, ClassVar
 
@@ -37,8 +38,11 @@ except ImportError:  # pragma: no cover
 Step = Callable[[Selection, Any, Any, Any], None]
 # How many versions of the settings a selection keeps compiled steps for.
 _KEPT = 8
+_made = count()
 # Whether what is traced now is compiled by XLA as part of an eager step.
 _by_xla: ContextVar[bool] = ContextVar("omniadam_by_xla", default=False)
+# Whether the order of reads and writes is what the step says of it, and nothing else.
+_spelled_out: ContextVar[bool] = ContextVar("omniadam_spelled_out", default=False)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -213,7 +217,13 @@ class TensorFlow(Functional):
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
         )
 
+    def untraced(self) -> Any:
+        return tf.init_scope()
+
     def _new(self, value: Callable[[], Any], dtype: str, near: Any, **arguments: Any) -> Any:
+        if tf.inside_function() and not _is_ordered():
+            # `tf.compat.v1.wrap_function` knows variables by their names.
+            arguments["name"] = f"{arguments.get('name', 'state')}_{next(_made)}"
         # State outlives the function that is traced.
         with tf.init_scope(), self._place(near):
             return tf.Variable(value, trainable=False, dtype=dtype, **arguments)
@@ -255,12 +265,15 @@ class TensorFlow(Functional):
 
     def assign(self, variable: Any, value: Any) -> None:
         self._counts = {}
+        if self._cells is None and _in_graph_of_1() and not tf.is_symbolic_tensor(value):
+            is_variable = isinstance(value, tf.Variable)
+            self._assign_in_session(variable, self.numpy(value) if is_variable else value)
+            return
         if isinstance(value, tf.Variable):
             value = self.read(value)
-        if self._cells is None and _in_graph_of_1() and not _is_tensor(value):
-            self._assign_in_session(variable, value)
-        else:
-            self.write(variable, value)
+        if self._cells is None:
+            self.check_run()
+        self.write(variable, value)
 
     def _assign_in_session(self, variable: Any, value: Any) -> None:
         value = np.asarray(value, variable.dtype.base_dtype.as_numpy_dtype)
@@ -364,10 +377,10 @@ class TensorFlow(Functional):
             self._counts = self._run_on_replicas(step, selection, gradients, rate, fixed)
         elif tf.executing_eagerly():
             self._counts = self._run_eagerly(step, selection, gradients, rate, fixed)
-        elif tf.inside_function():
+        elif _is_ordered():
             self._counts = self._run_here(step, selection, gradients, rate, fixed)
         else:
-            self._counts = self._run_in_graph_of_1(step, selection, gradients, rate, fixed)
+            self._counts = self._run_as_operation(step, selection, gradients, rate, fixed)
 
     def _run_here(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
@@ -400,43 +413,68 @@ class TensorFlow(Functional):
     def _run_on_replicas(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
     ) -> dict[int, Any]:
+        run = self._run_here if _is_ordered() else self._run_spelled_out
+
         # What reads and writes a variable here, once a replica, does so on that replica's own.
-        def here(_: Any, gradients: Any, rate: Any) -> Any:
-            counts = self._run_here(step, selection, gradients, rate, fixed)
-            return list(counts.values())
+        def here(_: Any, gradients: Any, rate: Any) -> dict[int, Any]:
+            return run(step, selection, gradients, rate, fixed)
 
         def on_each(strategy: Any, gradients: Any, rate: Any) -> Any:
             first = selection.entries[0].variable
-            return strategy.extended.update(first, here, args=(gradients, rate), group=False)
+            return strategy.extended.update(first, here, args=(gradients, rate))
 
         merge = tf.__internal__.distribute.interim.maybe_merge_call
-        merge(on_each, self._strategy, gradients, rate)
-        return {}
+        counts = merge(on_each, self._strategy, gradients, rate)
+        local = self._strategy.experimental_local_results
+        return {key: local(count)[0] for key, count in counts.items()}
 
-    def _run_in_graph_of_1(
+    def _run_as_operation(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
     ) -> dict[int, Any]:
+        """A step in a graph that runs only what is asked for: whoever asks for a count of those
+        returned has the whole of it.
+        """
         entries = (*selection.entries, *selection.rest)
-        if all(hasattr(e.variable, "handle") for e in entries):
-            keys: list[int] = []
+        if not all(hasattr(e.variable, "handle") for e in entries):
+            # No resources, which a function cannot write to.
+            return self._run_spelled_out(step, selection, gradients, rate, fixed)
+        keys: list[int] = []
 
-            def omniadam_step(gradients: list[Any], rate: Any) -> list[Any]:
-                counts = self._run_here(step, selection, gradients, rate, fixed)
-                keys.extend(counts)
-                return list(counts.values())
+        def omniadam_step(gradients: list[Any], rate: Any) -> list[Any]:
+            counts = self._run_here(step, selection, gradients, rate, fixed)
+            keys.extend(counts)
+            return list(counts.values())
 
-            counts = tf.function(omniadam_step, autograph=False)(gradients, rate)
-            return dict(zip(keys, counts, strict=True))
-        # Variables that are no resources, which a function cannot write to. What order there is
-        # must be spelled out: read when the gradients are there, write when all is computed.
+        counts = tf.function(omniadam_step, autograph=False)(gradients, rate)
+        return dict(zip(keys, counts, strict=True))
+
+    def _run_spelled_out(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any]:
+        """The same without a function: read when the gradients are there, write when all is
+        computed, and only then count.
+        """
         cells: dict[int, tuple[Any, Any]] = {}
-        with tf.control_dependencies(gradients):
-            self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+        token = _spelled_out.set(True)
+        try:
+            with tf.control_dependencies(gradients):
+                self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+        finally:
+            _spelled_out.reset(token)
         changed = [cell for key, cell in cells.items() if key in self._stored]
         with tf.control_dependencies([value for _, value in changed]):
             stores = [self.store(variable, value) for variable, value in changed]
         with tf.control_dependencies(stores):
             return {id(v): tf.identity(x) for v, x in changed if x.dtype.is_integer}
+
+    def check_run(self) -> None:
+        # Without the private name, functions are taken for what they mostly are.
+        if not _is_ordered(otherwise=tf.inside_function()):
+            raise RuntimeError(
+                "In this graph only what something depends on is run, and this returns nothing to "
+                "depend on. Use what `apply_gradients` or `minimize` returns, or build the graph "
+                "by tf.function."
+            )
 
     def cond(
         self, condition: Any, yes: Callable[..., Any], no: Callable[..., Any], values: list[Any]
@@ -513,10 +551,11 @@ class TensorFlow(Functional):
         super().update_each(*args)
 
     def _outside(self, action: Callable[[], None]) -> None:
-        if self._cells is not None and _in_graph_of_1():
+        if _spelled_out.get():
             raise TypeError(
-                "An `update_step` of your own needs resource variables in a graph. Call "
-                "tf.compat.v1.enable_resource_variables() first."
+                "An `update_step` of your own needs resource variables of no strategy in a graph "
+                "that was not built by tf.function. Call tf.compat.v1.enable_resource_variables() "
+                "first, or use tf.function."
             )
         super()._outside(action)
 
@@ -744,6 +783,17 @@ def _is_distributed(value: Any) -> bool:
 
 def _is_real(dtype: Any) -> bool:
     return bool(dtype.is_floating or dtype.is_integer) and not dtype.is_quantized
+
+
+def _is_ordered(otherwise: bool = False) -> bool:
+    """Whether what is stored here is stored in order, and though nothing depends on it: eagerly,
+    and in what tf.function traces. Not in a graph of TensorFlow 1, nor in the branches and loops
+    of one, nor in a function of `tf.compat.v1.wrap_function`.
+    """
+    # Not public; without it a step in a function is an operation too, which is slower to trace.
+    return tf.executing_eagerly() or bool(
+        getattr(tf.compat.v1.get_default_graph(), "_add_control_dependencies", otherwise)
+    )
 
 
 def _in_graph_of_1() -> bool:
