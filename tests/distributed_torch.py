@@ -102,12 +102,14 @@ def fsdp_of_flat_shards(rank: int, mesh: Any) -> None:
     """The older FullyShardedDataParallel: steps, but norms over its shards are refused."""
     import warnings
 
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel, _common_utils
 
     from omniadam.torch import AdamW
 
     warnings.simplefilter("ignore")  # it is deprecated
-    for original in (False, True):
+    mark = _common_utils.FSDP_FLATTENED
+    # And if another version of torch marks what is a shard in another way.
+    for original, _common_utils.FSDP_FLATTENED in ((False, mark), (True, mark), (True, "_other")):
         ends = []
         for optimizer in (AdamW, torch.optim.AdamW):
             module = FullyShardedDataParallel(
@@ -127,6 +129,7 @@ def fsdp_of_flat_shards(rank: int, mesh: Any) -> None:
             raise AssertionError("not refused")
         assert_equal(module.parameters(), before)
         assert not opt.state
+    _common_utils.FSDP_FLATTENED = mark
 
 
 def fsdp_one_process(rank: int, mesh: Any) -> None:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from torch.optim.optimizer import (  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import distributed_torch  # noqa: E402
+import omniadam.torch  # noqa: E402
 from cases import (  # noqa: E402
     FORMATS,
     SMALL_SHAPES,
@@ -445,6 +448,81 @@ def test_what_cannot_be_honoured_says_why(name: str) -> None:
             make()
 
 
+@pytest.mark.parametrize("name", ["capturable", "differentiable"])
+def test_what_cannot_be_honoured_says_so_at_a_step_too(name: str) -> None:
+    params = weights()
+    opt = Adam(params)
+    run(params, opt, range(1))
+    opt.param_groups[0][name] = True
+    with pytest.raises(RuntimeError, match=f"`{name}=True` cannot be honoured"):
+        opt.step()
+    opt.param_groups[0][name] = False
+    opt.step()
+    assert opt.state[params[0]]["step"] == 2
+
+
+# What no constructor takes, put into a group later: each (settings, part of the message).
+LATER: dict[str, tuple[dict[str, Any], str]] = {
+    "beta 1": ({"betas": (1.0, 0.9)}, "`betas` must be two numbers"),
+    "beta 2": ({"betas": (0.9, 1.5)}, "`betas` must be two numbers"),
+    "negative beta": ({"betas": (-0.5, 0.9)}, "`betas` must be two numbers"),
+    "a beta that is no number": ({"betas": (0.9, float("nan"))}, "`betas` must be two numbers"),
+    "tensor betas": ({"betas": (torch.tensor(1.0), torch.tensor(0.9))}, "`betas` must be two"),
+    "one beta": ({"betas": (0.9,)}, "values to unpack"),
+    "long lr": ({"lr": torch.tensor([0.1, 0.2])}, "`lr` must be a number"),
+    "text": ({"lr": "0.1"}, "`lr` must be a number"),
+    "no eps": ({"eps": None}, "`eps` must be a number"),
+    "no decay": ({"weight_decay": None}, "`weight_decay` must be a number"),
+    "clipnorm": ({"clipnorm": -1.0}, "`clipnorm` must be a number"),
+    "clipvalue": ({"clipvalue": 0.0}, "`clipvalue` must be a number"),
+    "two clips": ({"clipnorm": 1.0, "clipvalue": 1.0}, "Only one"),
+    "use_ema": ({"use_ema": "no"}, "`use_ema` must be True or False"),
+    "ema_momentum": ({"use_ema": True, "ema_momentum": 2.0}, "`ema_momentum` must be"),
+    "epsilon_hat": ({"epsilon_hat": "no"}, "`epsilon_hat` must be True or False"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_settings_that_no_constructor_takes_change_nothing(name: str) -> None:
+    """Of the last group, so that the first has been gone through before."""
+    settings, message = LATER[name]
+    params = weights((3,), (2, 2))
+    opt = Adam([{"params": params[:1]}, {"params": params[1:]}])
+    run(params, opt, range(2))
+    held = dict(opt.param_groups[1])
+    opt.param_groups[1].update(settings)
+    before = copy.deepcopy([params, opt.state_dict()["state"]])
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+    assert_same([params, opt.state_dict()["state"]], before)
+    opt.param_groups[1].clear()
+    opt.param_groups[1].update(held)
+    opt.step()
+    del opt.param_groups[1]["eps"]
+    before = copy.deepcopy([params, opt.state_dict()["state"]])
+    with pytest.raises(KeyError, match="eps"):
+        opt.step()
+    assert_same([params, opt.state_dict()["state"]], before)
+
+
+def test_settings_that_change_in_place() -> None:
+    """Tensors, and lists that stand where tuples did."""
+    ends = []
+    for module in (Adam, torch.optim.Adam):
+        params = weights()
+        opt = module(params, lr=0.1)
+        (group,) = opt.param_groups
+        group["betas"] = [0.9, 0.99]
+        run(params, opt, range(2))
+        group["betas"][0] = 0.5
+        group["lr"] = torch.tensor(0.1)
+        run(params, opt, range(2, 4))
+        group["lr"].fill_(0.02)
+        run(params, opt, range(4, 6))
+        ends.append(params)
+    assert_near(*ends)
+
+
 def test_extras_are_checked_and_only_there_if_used() -> None:
     for bad in (
         {"clipnorm": 0.0},
@@ -778,6 +856,57 @@ def test_gradients_are_unscaled_before_they_are_clipped(settings: Any) -> None:
     assert_same(*ends)
 
 
+@pytest.mark.parametrize("fault", ["parameter", "settings", "averages"])
+def test_a_failed_step_divides_no_gradients(fault: str) -> None:
+    """And the step that follows when the cause is mended is as if there had been no other."""
+    ends = []
+    for fails in (True, False):
+        params = weights((2,), (3,))
+        opt = Adam(params, lr=0.1, eps=1.0, fused=True, use_ema=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(2):
+            opt.zero_grad()
+            scaler.scale(sum((p * p).sum() for p in params)).backward()
+            if fails and step == 1:
+                before = [p.grad.clone() for p in params]
+                data, grad = params[1].data, params[1].grad
+                if fault == "parameter":
+                    params[1].data = torch.ones(()).expand(3)
+                elif fault == "settings":
+                    opt.param_groups[0]["betas"] = (1.0, 0.9)
+                with pytest.raises((ValueError, RuntimeError)):
+                    if fault == "averages":
+                        with opt.averaged():
+                            scaler.step(opt)
+                    else:
+                        scaler.step(opt)
+                params[1].data, params[1].grad = data, grad
+                opt.param_groups[0]["betas"] = (0.9, 0.999)
+                assert_same([p.grad for p in params], before)
+            scaler.step(opt)
+            scaler.update()
+        ends.append([params, [p.grad for p in params], opt.state_dict()["state"]])
+    assert_same(*ends)
+
+
+def test_a_gradient_of_two_parameters_is_divided_once() -> None:
+    """One tensor, another view of its memory, and one whose elements share it."""
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    params, alone = weights((3,), (3,), (3,), (3,)), weights((3,), (3,), (3,), (3,))
+    opt, other = Adam(params, eps=1.0, fused=True), Adam(alone, eps=1.0)
+    opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)  # as a GradScaler does
+    scaled = gradient * 8.0
+    for p, g in zip(params, [scaled, scaled, scaled[:], torch.tensor(8.0).expand(3)], strict=True):
+        p.grad = g
+    for p in alone:
+        p.grad = gradient.clone()
+    alone[3].grad = torch.ones(3)
+    opt.step()
+    other.step()
+    assert_same(params, alone)
+    assert_same([p.grad for p in params], [p.grad for p in alone])
+
+
 def test_a_step_inside_the_backward_pass() -> None:
     """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed."""
     ends = []
@@ -865,6 +994,68 @@ def test_sparse_gradients_are_unscaled() -> None:
             scaler.update()
         ends.append(table.weight)
     assert_same(*ends)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "sparse rows", "repeated"])
+def test_the_initialising_step_of_sparse_gradients(kind: str) -> None:
+    """Zeros are zeros, also where repeated rows add up to them."""
+    (p,) = weights((3, 2))
+    opt = Adam([p], lr=0.0)
+    zeros, sparse = torch.zeros(3, 2), partial(torch.sparse_coo_tensor, check_invariants=True)
+    p.grad = {
+        "dense": zeros,
+        "sparse": zeros.to_sparse(),
+        "sparse rows": sparse([[0, 2]], torch.zeros(2, 2), (3, 2)),
+        "repeated": sparse([[1, 1]], torch.tensor([[1.0] * 2, [-1.0] * 2]), (3, 2)),
+    }[kind]
+    opt.step()
+    assert opt.state[p]["step"] == 0
+    p.grad = sparse([[1]], torch.ones(1, 2), (3, 2))
+    opt.step()
+    assert opt.state[p]["step"] == 1
+
+
+# --- Tensors without values ----------------------------------------------------------------------
+
+
+def planned(module: Any, settings: Mapping[str, Any], device: str) -> list[tuple[Any, ...]]:
+    """What a training loop leaves behind, as far as it can be seen."""
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    opt = module(model.parameters(), **settings)
+    for _ in range(3):
+        opt.zero_grad()
+        model(torch.ones(1, 3, device=device)).sum().backward()
+        opt.step()
+    tensors = [v for p in model.parameters() for v in (p, *opt.state[p].values())]
+    return [(v.shape, v.dtype, v.device) for v in tensors]
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True, "weight_decay": 0.1, "fused": True}])
+@pytest.mark.parametrize("where", ["meta", "fake", "fake meta"])
+def test_a_model_is_planned_without_memory(where: str, settings: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if where != "fake":  # torch's fused step is not for the meta device
+        settings = {k: v for k, v in settings.items() if k != "fused"}
+    found = []
+    for module in (AdamW, torch.optim.AdamW):
+        if where == "meta":
+            found.append(planned(module, settings, "meta"))
+        else:
+            with FakeTensorMode():
+                found.append(planned(module, settings, "cpu" if where == "fake" else "meta"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_of_tensors_without_values(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    expected = planned(AdamW, EXTRAS[name], "cpu")
+    with FakeTensorMode():
+        assert planned(AdamW, EXTRAS[name], "cpu") == expected
+    assert len(planned(AdamW, EXTRAS[name], "meta")) == len(expected)
 
 
 def test_autograd_notices_a_step() -> None:
@@ -1093,6 +1284,126 @@ def test_parameters_are_matched_by_name() -> None:
     assert not other.state
 
 
+NAMES = {
+    "a wrapped part": ("x._orig_mod.a", "x.a", "c"),
+    "a part named as a wrapper": ("module.a", "a", "c"),
+    "an outer wrapper, too": ("module.module.a", "module.a", "module.c"),
+    "compiled": ("_orig_mod.x._orig_mod.a", "_orig_mod.x.a", "_orig_mod.c"),
+    "in FSDP": ("_fsdp_wrapped_module.a", "module.a", "a"),
+}
+
+
+@pytest.mark.parametrize("given", NAMES)
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_differ_by_a_wrapper(given: str, wrapped: str) -> None:
+    """Names as they are come before names without what wrappers put into them."""
+    names, params = NAMES[given], weights((2,), (2,), (2,))
+    for at, p in enumerate(params):
+        p.grad = torch.full((2,), float(at + 1))
+    for in_groups in (False, True):
+        pairs = list(zip(names, params, strict=True))
+        backwards = [(wrapped + name, p) for name, p in reversed(pairs)]
+        if in_groups:
+            one = Adam([{"params": [pair]} for pair in pairs])
+            other = Adam([{"params": [pair]} for pair in backwards])
+        else:
+            one, other = Adam(pairs), Adam(backwards)
+        one.step()
+        other.load_state_dict(one.state_dict())
+        for p in params:
+            assert_same(one.state[p], other.state[p])
+
+
+def test_names_that_only_a_wrapper_told_apart() -> None:
+    """They are not guessed: position would do, or not."""
+    a, b = weights((2,), (2,))
+    one = Adam([("x._orig_mod.a", a), ("x.a", b)])
+    run([a, b], one, range(1))
+    other = Adam([("x.a", b), ("x._fsdp_wrapped_module.a", a)])
+    with pytest.raises(ValueError, match="delete 'param_names'"):
+        other.load_state_dict(one.state_dict())
+    assert not other.state
+
+
+def trained(module: Any, settings: Any = MappingProxyType({})) -> tuple[list[Any], Any]:
+    params = weights((2,), (3,))
+    opt = module(params, lr=0.1, **settings)
+    run(params, opt, range(2))
+    return params, opt
+
+
+KEPT = {"amsgrad": True, "use_ema": True}
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    **{f"{key} missing": lambda s, key=key: s.pop(key) for key in ("step", *KEYS.values())},
+    **{f"{key} None": lambda s, key=key: s.update({key: None}) for key in ("step", *KEYS.values())},
+    "number": lambda s: s.update(exp_avg=0.5),
+    "array": lambda s: s.update(exp_avg_sq=np.zeros(3, np.float32)),
+    "negative step": lambda s: s.update(step=torch.tensor(-1.0)),
+    "negative number of steps": lambda s: s.update(step=-1),
+    "a step that is no number": lambda s: s.update(step=torch.tensor(float("nan"))),
+    "steps": lambda s: s.update(step=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_state_that_is_not_complete(name: str, loaded: bool) -> None:
+    """Of the second parameter, so that the first has been looked at before."""
+    params, opt = trained(Adam, KEPT)
+    before = copy.deepcopy([params, opt.state_dict()])
+    if loaded:
+        state = copy.deepcopy(opt.state_dict())
+        WRONG[name](state["state"][1])
+        with pytest.raises(ValueError, match=r"state .*'params\[1\]'"):
+            opt.load_state_dict(state)
+    else:
+        held = dict(opt.state[params[1]])
+        WRONG[name](opt.state[params[1]])
+        with pytest.raises(ValueError, match=r"state .*'params\[1\]'"):
+            opt.step()
+        opt.state[params[1]] = held
+    assert_same([params, opt.state_dict()], before)
+    run(params, opt, range(2, 3))
+    assert opt.state[params[1]]["step"] == 3
+
+
+def test_a_count_in_place_is_looked_at() -> None:
+    params, opt = trained(Adam)
+    opt.state[params[0]]["step"].fill_(-5.0)
+    with pytest.raises(ValueError, match=r"'step' .* must be a number >= 0"):
+        opt.step()
+
+
+def test_state_that_is_missing_altogether_begins_anew() -> None:
+    """As in torch; also where the dictionary is there, and empty."""
+    ends = []
+    for module in (Adam, torch.optim.Adam):
+        params, opt = trained(module)
+        for way in ("pop", "clear"):
+            state = copy.deepcopy(opt.state_dict())
+            state["state"].pop(1) if way == "pop" else state["state"][1].clear()
+            opt.load_state_dict(state)
+            run(params, opt, range(2, 4))
+            assert [opt.state[p]["step"].item() for p in params] in ([4, 2], [6, 2])
+        ends.append(params)
+    assert_near(*ends)
+
+
+def test_a_state_whose_entry_is_no_dictionary() -> None:
+    _, opt = trained(Adam)
+    state = copy.deepcopy(opt.state_dict())
+    state["state"][1] = None
+    with pytest.raises(ValueError, match="must be a dictionary"):
+        opt.load_state_dict(state)
+
+
+def test_16_bit_counts_are_widened() -> None:
+    params, opt = trained(Adam)
+    opt.state[params[0]]["step"] = torch.tensor(256.0, dtype=torch.bfloat16)
+    run(params, opt, range(1))
+    assert opt.state[params[0]]["step"] == 257
+
+
 def test_names_of_one_kind_in_every_group() -> None:
     """`weight` and `bias` of several modules: groups in order, or not at all."""
 
@@ -1293,6 +1604,58 @@ def test_averages() -> None:
     run(params, opt, range(5, 6))
 
 
+class Interrupted(TorchDispatchMode):  # type: ignore[misc]
+    """Ctrl-C as one operation of torch begins."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+def test_averages_do_not_stay_wherever_ctrl_c_comes() -> None:
+    params = weights((3,), (2, 2), (4,))
+    opt = Adam(params, lr=0.1, use_ema=True, ema_momentum=0.5)
+    run(params, opt, range(3))
+    own = [p.detach().clone() for p in params]
+    interrupts = 0
+    for at in range(100):
+        try:
+            with Interrupted(at) as mode, opt.averaged():
+                pass
+        except KeyboardInterrupt:
+            interrupts += 1
+        assert_same([p.detach() for p in params], own)
+        if mode.left >= 0:
+            break
+    assert interrupts >= 3 * len(params)
+    run(params, opt, range(3, 4))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_averages_do_not_stay_if_a_parameter_has_another_shape(inside: bool) -> None:
+    params = weights((3,), (4, 2), (2,))
+    opt = Adam(params, lr=0.1, use_ema=True, ema_momentum=0.5)
+    run(params, opt, range(3))
+    own = [p.detach().clone() for p in params]
+
+    def grow() -> None:  # as a vocabulary does
+        params[1].data = torch.ones(6, 2)
+
+    if not inside:
+        grow()
+    with pytest.raises(RuntimeError, match="size of tensor"), opt.averaged():
+        grow()
+    assert_same([params[0].detach(), params[2].detach()], [own[0], own[2]])
+    params[1].data = own[1]
+    run(params, opt, range(3, 4))
+
+
 def test_averages_of_16_bit_parameters_are_exact() -> None:
     params = weights((40,), dtype=torch.bfloat16)
     opt = Adam(params, lr=0.01, use_ema=True)
@@ -1356,14 +1719,135 @@ def test_an_error_changes_nothing() -> None:
         assert opt.state[params[0]]["step"] == first + 1
 
 
-def test_overlapping_parameters() -> None:
+def overlapping() -> tuple[Any, Any, Any]:
     whole = torch.zeros(6)
-    params = [whole[:4].requires_grad_(), whole[2:].requires_grad_()]
-    opt = Adam(params)
-    give(params, 0)
+    return whole, whole[:4].requires_grad_(), whole[2:].requires_grad_()
+
+
+def doubled() -> tuple[Any, Any, Any]:
+    one = torch.zeros(4)
+    return one, one.view(torch.float64).requires_grad_(), one.requires_grad_()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("make", [overlapping, doubled])
+@pytest.mark.parametrize("how", ["one group", "two groups", "twice", "other counts", "later"])
+def test_parameters_that_share_memory(how: str, make: Any, place: str) -> None:
+    """Wherever they stand; no more so than that they do is anything changed."""
+    whole, a, b = make()
+    params, apart = [a, b], weights((3,))[0]
+    opt = Adam([apart, a, b] if how in ("one group", "other counts") else [apart, a])
+    if how == "two groups":
+        opt.add_param_group({"params": [b]})
+    elif how == "twice":
+        params = [a]
+        opt.add_param_group({"params": weights((2,))})
+        opt.param_groups[1]["params"].append(a)
+    elif how == "later":
+        other = torch.zeros_like(b).requires_grad_()
+        opt.add_param_group({"params": [other]})
+        run([apart, a, other], opt, range(2))
+        other.data, params = b.detach(), [a, other]
+    elif how == "other counts":
+        run([apart, a], opt, range(2))
+        apart.grad = None
+    give([apart, *params], 3)
+    before = copy.deepcopy([whole, apart, opt.state_dict()["state"]])
     with pytest.raises(ValueError, match="must not share memory"):
         opt.step()
-    assert not opt.state and not whole.any()
+    assert_same([whole, apart, opt.state_dict()["state"]], before)
+
+
+def test_state_that_shares_memory(place: str) -> None:
+    params = weights((3,), (3,))
+    opt = Adam([{"params": params[:1]}, {"params": params[1:]}])
+    run(params, opt, range(1))
+    opt.state[params[1]]["exp_avg"] = opt.state[params[0]]["exp_avg"]
+    with pytest.raises(ValueError, match="must not share memory"):
+        opt.step()
+
+
+def test_parts_of_one_memory_that_do_not_overlap() -> None:
+    """Columns of a matrix lie between each other, and share nothing."""
+    ends = []
+    for module in (Adam, torch.optim.Adam):
+        whole = weights((4, 6))[0].detach()
+        params = [whole[:, :2].requires_grad_(), whole[:, 2:].requires_grad_()]
+        opt = module([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+        run(params, opt, range(3))
+        ends.append([whole])
+    assert_near(*ends)
+
+
+# --- Private names of torch that may go ----------------------------------------------------------
+
+
+def test_hooks_are_called_once_if_torch_wraps_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would if it did not know `step.hooked` any more."""
+    monkeypatch.setattr(Adam, "step", Adam.step)  # torch puts another one there: back after that
+    monkeypatch.delattr(Adam.step, "hooked")
+    try:
+        seen: list[str] = []
+        params = weights()
+        opt = Adam(params)
+        assert Adam.step is not omniadam.torch._STEP
+        opt.register_step_pre_hook(lambda o, args, kwargs: seen.append("pre"))
+        opt.register_step_post_hook(lambda o, args, kwargs: seen.append("post"))
+        run(params, opt, range(2))
+        assert seen == ["pre", "post"] * 2 and opt.state[params[0]]["step"] == 2
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"])
+def test_hooks_are_called_if_they_are_not_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {k: v for k, v in vars(omniadam.torch.optimizer).items() if k != name}
+    monkeypatch.setattr(omniadam.torch, "optimizer", SimpleNamespace(**known))
+    seen: list[str] = []
+    params = weights()
+    opt = Adam(params)
+    opt.register_step_pre_hook(lambda o, args, kwargs: seen.append("pre"))
+    run(params, opt, range(2))
+    assert seen == ["pre"] * 2 and opt.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+def test_a_grad_scaler_that_says_it_otherwise_unscales_by_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it set the attribute under another name: no gradient stays scaled."""
+
+    class Renaming(torch.amp.GradScaler):  # type: ignore[misc]
+        def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not getattr(optimizer, "_step_supports_amp_scaling", False):
+                return super().step(optimizer, *args, **kwargs)
+            step = optimizer.step
+
+            def renamed() -> Any:
+                setattr(optimizer, f"new_{name}", optimizer.__dict__.pop(name))
+                step()
+                setattr(optimizer, name, None)
+
+            optimizer.step = renamed
+            try:
+                return super().step(optimizer, *args, **kwargs)
+            finally:
+                del optimizer.step
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Renaming)
+    ends = []
+    for module, scaler in ((Adam, Renaming("cpu", 8.0)), (torch.optim.Adam, None)):
+        params = weights()
+        opt = module(params, lr=0.1, eps=1.0, fused=True)
+        loss = (params[0] * params[0]).sum()
+        if scaler is None:
+            loss.backward()
+            opt.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+        ends.append([*params, params[0].grad])
+    assert_near(*ends)
 
 
 # --- Checkpoints and processes -------------------------------------------------------------------

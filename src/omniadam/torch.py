@@ -7,11 +7,13 @@ parameter (`exp_avg` and so on) is what the kernels work on: there are no copies
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -25,10 +27,11 @@ from .adam import _ADAM, _AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Selection
 from .backends.host import Numbers
-from .backends.torch import Scalars, Torch, TorchMemory
+from .backends.torch import Scalars, Torch, TorchDevice, TorchMemory, _is_plain, _writing
 from .rule import (
     Pass,
     PassCoefficients,
+    RuleKey,
     adam_coefficients,
     clip_factor,
     clip_factor_global,
@@ -157,6 +160,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        if fused:  # else a GradScaler unscales by itself, in a pass of its own
+            self._step_supports_amp_scaling = _is_grad_scaler_known()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own, as in torch.optim.
@@ -192,13 +197,16 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_observed(self) -> bool:
-        if type(self).step is not Adam.step:  # then torch has wrapped that one
+        if type(self).step is not _STEP:  # then torch has wrapped that one
             return False
-        hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
-        if hooks or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+        try:
+            hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+            if hooks or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+                return True
+            # What is being compiled cannot ask.
+            return not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
+        except AttributeError:  # another version of torch has other names for them
             return True
-        # What is being compiled cannot ask.
-        return not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
 
     def _closed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -212,30 +220,53 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
-        if self._is_averaged:
-            raise RuntimeError("The parameters hold their averages: step outside of averaged().")
         # What a GradScaler leaves here for a step that unscales by itself.
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        is_skipped = found_inf is not None and bool(found_inf.item())
-        if scale is not None and not is_skipped:
-            self._unscale(scale.item())
-        before = len(self.state)
+        found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        count = len(self.state)
+        replaced: list[Replaced] = []
         try:
-            work = self._arranged()
-            is_idle = is_skipped or (before == 0 and self._is_initialisation())
-            factors = {} if is_idle else self._clip_factors(work)
+            if self._is_averaged:
+                raise RuntimeError("The parameters hold averages: step outside of averaged().")
+            is_skipped = found_inf is not None and _number("found_inf", found_inf) != 0.0
+            scale = 1.0 if given is None else _number("grad_scale", given, unknown=1.0)
+            work = self._arranged(replaced)
+            if is_skipped or (count == 0 and self._is_initialisation()):
+                return
+            factors = self._clip_factors(work, scale)
+            sweeps = [
+                bucket.sweep(self.param_groups[bucket.group], factors.get(bucket, ()), scale)
+                for bucket, _ in work
+            ]
         except BaseException:
-            self._forget()
-            while len(self.state) > before:
-                self.state.popitem()
+            self._undo(replaced, count)
             raise
-        for bucket, gradients in [] if is_idle else work:
-            bucket.advance(self.param_groups[bucket.group], gradients, factors.get(bucket, ()))
+        for (bucket, gradients), sweep in zip(work, sweeps, strict=True):
+            bucket.advance(gradients, sweep)
+        if scale != 1.0:
+            self._unscale(scale)
+
+    def _undo(self, replaced: list[Replaced], count: int) -> None:
+        """Leave all as it was before a step that cannot be made."""
+        self._forget()
+        for held, values in reversed(replaced):
+            held.clear()
+            held.update(values)
+        while len(self.state) > count:
+            self.state.popitem()
+        # A GradScaler takes these away only after a step that was made, and would multiply the
+        # scale of the next step by that of this one.
+        if "found_inf" in self.__dict__:
+            for name in ("found_inf", "grad_scale"):
+                self.__dict__.pop(name, None)
 
     # --- which parameters step together ---
 
-    def _arranged(self) -> list[tuple[_Bucket, Any]]:
-        """What is to be done: buckets with their gradients, checked. Nothing is updated yet."""
+    def _arranged(self, replaced: list[Replaced]) -> list[tuple[_Bucket, Any]]:
+        """What is to be done: buckets with their gradients, checked. Nothing is updated yet.
+
+        Args:
+            replaced: is given what the state of a parameter was, wherever that is replaced.
+        """
         groups, state = self.param_groups, self.state
         sizes = [len(group["params"]) for group in groups]
         params = [p for group in groups for p in group["params"]]
@@ -243,7 +274,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         absent = [g is None for g in gradients]
         if sizes != self._sizes or not all(map(is_, params, self._params)):
             self._sizes, self._params = sizes, params
-            self._meshes, self._are_flat = sharded.meshes(params), any(map(sharded.is_flat, params))
+            self._meshes, self._are_flat = sharded.meshes(params), sharded.may_be_flat(params)
             self._buckets, self._absent = _buckets(params, sizes), ()
         if absent != self._absent:
             self._absent = absent
@@ -252,16 +283,19 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             self._buckets = [
                 part
                 for bucket in self._buckets
-                for part in bucket.renewed(state, groups[bucket.group])
+                for part in bucket.renewed(state, groups[bucket.group], replaced)
             ]
-        work = []
+        work, has_moved = [], False
         for bucket in self._buckets:
             if bucket.has_state:
                 found = bucket.gathered([gradients[i] for i in bucket.positions])
                 if found is None:  # parameters were converted or moved, and take their state along
                     self._forget()
-                    return self._arranged()
+                    return self._arranged(replaced)
                 work.append((bucket, found))
+                has_moved = has_moved or bucket.has_moved
+        if has_moved:
+            _check_distinct([bucket for bucket, _ in work])
         return work
 
     def _forget(self) -> None:
@@ -272,21 +306,30 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         """Whether this is no step of training: torch.distributed.checkpoint makes an optimizer
         create its state by a step with rates and gradients of zero, which must do nothing else.
         """
-        return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
+        rates = [_number("lr", group["lr"]) for group in self.param_groups]
+        return not any(rates) and not any(
             sharded.has_values(p.grad) for p in self._params if p.grad is not None
         )
 
     # --- what gradients are multiplied by ---
 
     def _unscale(self, scale: float) -> None:
-        """Divide the gradients by a GradScaler's scale, as torch's fused optimizers do."""
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.div_(scale)
+        """Divide the gradients by a GradScaler's scale, as torch's fused optimizers do.
 
-    def _clip_factors(self, work: Sequence[tuple[_Bucket, Any]]) -> dict[_Bucket, list[Any]]:
+        The step itself has divided what it read, and is made: nothing may fail here.
+        """
+        # A gradient of two parameters is divided once.
+        found = {sharded.memory_of(p.grad): p for p in self._params if p.grad is not None}
+        with torch.no_grad():
+            for p in found.values():
+                try:
+                    p.grad.div_(scale)
+                except RuntimeError:  # its elements share memory, or it is of inference mode
+                    p.grad = p.grad / scale
+
+    def _clip_factors(
+        self, work: Sequence[tuple[_Bucket, Any]], scale: float
+    ) -> dict[_Bucket, list[Any]]:
         """What the gradients of each bucket are multiplied by, where a norm clips them."""
         groups = self.param_groups
         is_global = any(group.get("global_clipnorm") is not None for group in groups)
@@ -298,7 +341,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 "fully_shard. FullyShardedDataParallel keeps parts of them in ordinary tensors: "
                 "call its clip_grad_norm_() before the step instead."
             )
-        sums = {b: b.square_sums(gradients) for b, gradients in work if not b.is_absent}
+        sums = {b: b.square_sums(gradients, scale) for b, gradients in work if not b.is_absent}
         if self._meshes:
             places = {i: (s, k) for b, s in sums.items() for k, i in enumerate(b.positions)}
             for mesh in self._meshes:
@@ -345,20 +388,32 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         """
         if self._is_averaged:
             raise RuntimeError("The parameters hold their averages already.")
-        held = []
-        with torch.no_grad():
+        own: list[tuple[Tensor, Tensor]] = []
+        try:
+            self._is_averaged = True
             for p, state in self.state.items():
                 if isinstance(p, Tensor) and "average" in state:
-                    held.append((p, p.detach().clone()))
-                    p.copy_(state["average"])
-        self._is_averaged = True
-        try:
+                    own.append((p, p.detach().clone()))
+                    _write(p, state["average"])
             yield
         finally:
-            self._is_averaged = False
-            with torch.no_grad():
-                for p, value in held:
-                    p.copy_(value)
+            try:
+                self._restore(own)
+            finally:  # Ctrl-C may come there, too
+                self._restore(own)
+
+    def _restore(self, own: list[tuple[Tensor, Tensor]]) -> None:
+        """Give parameters their own values; what has its own again is no longer in the list."""
+        failed = None
+        while own:
+            try:
+                _write(*own[-1])
+            except Exception as error:  # of one, which may have another shape by now
+                failed = error
+            own.pop()
+        self._is_averaged = False
+        if failed is not None:
+            raise failed
 
     # --- state ---
 
@@ -388,6 +443,14 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 slots.update({k: v.value for k, v in slots.items() if isinstance(v, _Kept)})
         super().__setstate__(state)
         self._forget()
+
+
+_STEP = Adam.step
+
+
+def _write(variable: Tensor, value: Tensor) -> None:
+    with _writing(variable):
+        variable.copy_(value)
 
 
 class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
@@ -462,6 +525,18 @@ def _checked(settings: Mapping[str, Any], only: Iterable[str] = _EXTRAS) -> dict
     return {k: _EXTRAS[k].check(k, settings[k]) for k in _EXTRAS if k in only and k in settings}
 
 
+def _number(name: str, value: Any, unknown: float = 0.0) -> float:
+    """A number, or what a tensor of one holds; of a tensor without values, what is unknown."""
+    if isinstance(value, Tensor) and sharded.is_valueless(value):
+        return unknown
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"`{name}` must be a number, or a tensor that holds one. Received: {value!r}")
+
+
 _REFUSED = {
     "capturable": "the coefficients of a step are computed on the host, and the graph of a device "
     "would repeat those of one step for ever. Use torch.optim to capture steps.",
@@ -474,7 +549,123 @@ _pass = cache(Pass)  # a plan belongs to one of these objects
 
 
 _AVERAGE = Pass(gradient=False, averaged=True)
-_SQUARES = Pass(gradient=True, updates=True)
+_SQUARES = {scaled: Pass(gradient=True, updates=True, scaled=scaled) for scaled in (False, True)}
+
+
+class Settings(NamedTuple):
+    """The settings of a group as a step uses them."""
+
+    rate: float
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    epsilon_hat: bool
+    short_1: bool
+    short_2: bool
+    decay: float
+    decoupled: bool
+    clipvalue: float
+    averaged: bool
+    momentum: float
+    kind: Pass
+    rule: RuleKey
+
+
+_TORCHS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+_READ = (*_TORCHS, *_REFUSED, *_EXTRAS)
+
+
+def _is_fixed(group: Mapping[str, Any]) -> bool:
+    """Whether settings are what they were for as long as they are the same objects."""
+    betas, others = group["betas"], [group.get(name) for name in _READ if name != "betas"]
+    plain = (float, int, bool, type(None))
+    return type(betas) is tuple and all(type(each) in plain for each in (*betas, *others))
+
+
+def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> Settings:
+    """The settings that stand in a group now, whoever put them there.
+
+    Raises:
+        ValueError, RuntimeError: if a step cannot be made with them.
+    """
+    extras = {k: v.default for k, v in _EXTRAS.items()} | _checked(group, only=group)
+    rate, decay = _number("lr", group["lr"]), _number("weight_decay", group["weight_decay"])
+    beta_1, beta_2 = (_number("betas", beta) for beta in group["betas"])
+    if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
+        raise ValueError(
+            f"`betas` must be two numbers with 0 <= value < 1. Received: {group['betas']!r}"
+        )
+    decoupled, clipvalue = bool(group["decoupled_weight_decay"]), extras["clipvalue"]
+    kind = _pass(
+        gradient=True,
+        updates=True,
+        scaled=scaled,
+        clipped_by_factor=clipped,
+        clipped_by_value=clipvalue is not None,
+        negated=bool(group["maximize"]),
+        penalised=decay != 0.0 and not decoupled,
+        decayed=decay != 0.0 and decoupled,
+        averaged=extras["use_ema"],
+    )
+    short = {"short_1": beta_1 < 0.5, "short_2": beta_2 < 0.5}
+    return Settings(
+        rate=rate,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        epsilon=_number("eps", group["eps"]),
+        epsilon_hat=extras["epsilon_hat"],
+        **short,
+        decay=decay,
+        decoupled=decoupled,
+        clipvalue=clipvalue or 0.0,
+        averaged=extras["use_ema"],
+        momentum=extras["ema_momentum"],
+        kind=kind,
+        rule=by_memory(_AMSGRAD if group["amsgrad"] else _ADAM, **short),
+    )
+
+
+class Sweep(NamedTuple):
+    """What a backend is asked to do with a bucket, beside its gradients."""
+
+    kind: Pass
+    rule: RuleKey
+    selection: Selection
+    factors: Sequence[Any]
+    rule_c: Sequence[float]
+    pass_c: PassCoefficients
+
+
+# A dictionary that holds the state of a parameter, and what it held before.
+Replaced = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _is_grad_scaler_known() -> bool:
+    """Whether this version's GradScaler tells a step what a step here listens to."""
+    try:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler.scale(torch.ones((), device="cpu"))
+        listener = _Listener()
+        scaler.step(listener)
+        return listener.heard == (2.0, 0.0)
+    except Exception:  # whatever another version may say to such a call
+        return False
+
+
+class _Listener:
+    """An optimizer that does nothing but listen to a GradScaler."""
+
+    _step_supports_amp_scaling = True
+    heard: tuple[float, float] | None = None
+
+    def __init__(self) -> None:
+        parameter = torch.zeros(1, device="cpu")
+        parameter.grad = torch.ones_like(parameter)
+        self.param_groups = [{"params": [parameter]}]
+
+    def step(self) -> None:
+        told: Any = self  # by attributes that it is given
+        self.heard = float(told.grad_scale), float(told.found_inf)
 
 
 # --- what steps together ---
@@ -491,7 +682,13 @@ class _Bucket:
         self.group, self.positions, self.params = group, positions, params
         self.is_absent = False  # whether they have no gradient in this step
         self.has_state = False
+        # Whether its memory is not where it was compared with that of all others.
+        self.has_moved = False
+        self._place: Any = None
         self._names: tuple[str, ...] = ()
+        # The group's settings as they were read last, and whether they are numbers, which stay.
+        self._held: list[Any] = []
+        self._is_fixed = False
 
     def split(self, absent: Sequence[bool]) -> list[_Bucket]:
         """The bucket parted by whether its parameters have a gradient in this step."""
@@ -505,10 +702,12 @@ class _Bucket:
     def _part(self, indices: list[int], is_absent: bool) -> _Bucket:
         positions = [self.positions[k] for k in indices]
         part = _Bucket(self.group, positions, [self.params[k] for k in indices])
-        part.is_absent = is_absent
+        part.is_absent, part._names = is_absent, self._names
         return part
 
-    def renewed(self, state: Any, group: Mapping[str, Any]) -> list[_Bucket]:
+    def renewed(
+        self, state: Any, group: Mapping[str, Any], replaced: list[Replaced]
+    ) -> list[_Bucket]:
         """The bucket by the state that its parameters have now, parted by what must be alike."""
         if self.is_current(state, group):
             return [self]
@@ -518,9 +717,9 @@ class _Bucket:
         for k, p in enumerate(self.params):
             key, entry = None, None
             if not self.is_absent or state.get(p):
-                entry = _entry(p, names[id(p)], state, group)
+                entry = _entry(p, names[id(p)], state, group, self._names, replaced)
                 backend = type(Torch.over([entry.variable]))
-                key = backend, entry.slot_dtype, state[p]["step"].numpy().item()
+                key = backend, entry.slot_dtype, _count(state[p]["step"])
             indices, entries = parts.setdefault(key, ([], []))
             indices.append(k)
             entries += [] if entry is None else [entry]
@@ -541,11 +740,13 @@ class _Bucket:
         self._is_plain = all(e.variable is p for e, p in zip(entries, self.params, strict=True))
         self._tensors = list(map(sharded.local, self._reached()))
         self._places, self._looks = self._placed(), list(map(sharded.looks, self.params))
-        self._steps = [each["step"] for each in self._states]
+        steps = [each["step"] for each in self._states]
+        self._steps = list(filter(_is_plain, steps))
+        self._unreachable = [step for step in steps if not _is_plain(step)]
         self._count_places = list(map(Tensor.data_ptr, self._steps))
         self._counts = [step.numpy() for step in self._steps]
-        self._t: float = self._counts[0].item()
-        self._ts = [self._t] * len(entries)
+        self._t = _count(steps[0])
+        self._ts = [self._t] * len(self._counts)
         self._is_double = entries[0].slot_dtype == "float64"
         self._variables = [entry.variable for entry in entries]
         self._backend: Any = Torch.over(self._variables)
@@ -565,6 +766,8 @@ class _Bucket:
             return False
         if not self.has_state:
             return self.is_absent and not any(map(state.get, self.params))
+        if self._unreachable:  # nobody can tell cheaply
+            return False
         if not all(map(is_, map(state.get, self.params), self._states)):
             return False
         try:
@@ -593,12 +796,25 @@ class _Bucket:
         if found is None and list(map(sharded.looks, self.params)) == self._looks:
             checked = [backend.gradient(g, e) for g, e in zip(gradients, entries, strict=True)]
             found = backend.gather(selection, checked)
+            place = backend.place(selection)
+            self.has_moved = self.has_moved or place != self._place
+            self._place = place
         return found
 
-    def square_sums(self, gradients: Any) -> list[Any]:
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The parameters with their state."""
+        return self._selection.entries
+
+    @property
+    def backend(self) -> Any:
+        """What steps them."""
+        return self._backend
+
+    def square_sums(self, gradients: Any, scale: float) -> list[Any]:
         """The sum of squares of each gradient, of the part of it that is here."""
         found: list[Any] = self._backend.square_sums(
-            _SQUARES, _ADAM, self._selection, gradients, PassCoefficients()
+            _SQUARES[scale != 1.0], _ADAM, self._selection, gradients, PassCoefficients(scale)
         )
         return found
 
@@ -606,43 +822,58 @@ class _Bucket:
         """A factor that may be on another device, in the form that the backend takes."""
         return float(factor) if isinstance(self._backend, TorchMemory) else factor
 
-    def advance(self, group: Mapping[str, Any], gradients: Any, factors: Sequence[Any]) -> None:
-        """Make the step; without gradients, only bring the averages up to date."""
-        averaged = bool(group.get("use_ema"))
+    def sweep(self, group: Mapping[str, Any], factors: Sequence[Any], scale: float) -> Sweep | None:
+        """What the backend is to do in this step; without gradients, only the averages."""
+        scaled, clipped = scale != 1.0, bool(factors)
+        held = [scaled, clipped, *map(group.get, _READ)]
+        if not self._is_fixed or not all(map(is_, held, self._held)):
+            self._settings = _settings(group, scaled, clipped)
+            self._held, self._is_fixed = held, _is_fixed(group)
+        now = self._settings
         # The first average is the parameter itself, not a step from zero towards it.
-        momentum = group.get("ema_momentum", _EXTRAS["ema_momentum"].default) if self._t else 0.0
+        momentum = now.momentum if self._t else 0.0
         if self.is_absent:
-            if averaged:
-                pass_c = PassCoefficients(momentum=momentum, one_minus_momentum=1.0 - momentum)
-                self._backend.sweep(_AVERAGE, _ADAM, self._idle, gradients, (), _NO_RULE_C, pass_c)
+            if not now.averaged:
+                return None
+            pass_c = PassCoefficients(momentum=momentum, one_minus_momentum=1.0 - momentum)
+            return Sweep(_AVERAGE, _ADAM, self._idle, (), _NO_RULE_C, pass_c)
+        decay = self._lost(now.decay * now.rate) if now.decoupled else now.decay
+        return Sweep(
+            now.kind,
+            now.rule,
+            self._selection,
+            factors,
+            adam_coefficients(
+                Numbers,
+                now.rate,
+                self._t + 1.0,
+                now.beta_1,
+                now.beta_2,
+                now.epsilon,
+                epsilon_hat=now.epsilon_hat,
+                short_1=now.short_1,
+                short_2=now.short_2,
+            ),
+            PassCoefficients(scale, 1.0, now.clipvalue, decay, momentum, 1.0 - momentum),
+        )
+
+    def advance(self, gradients: Any, sweep: Sweep | None) -> None:
+        """Make the step."""
+        if sweep is None:
             return
-        rate, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        clipvalue, decoupled = group.get("clipvalue"), bool(group["decoupled_weight_decay"])
-        kind = _pass(
-            gradient=True,
-            updates=True,
-            clipped_by_factor=bool(factors),
-            clipped_by_value=clipvalue is not None,
-            negated=bool(group["maximize"]),
-            penalised=weight_decay != 0.0 and not decoupled,
-            decayed=weight_decay != 0.0 and decoupled,
-            averaged=averaged,
-        )
-        decay = self._lost(weight_decay * rate) if decoupled else weight_decay
-        pass_c = PassCoefficients(1.0, 1.0, clipvalue or 0.0, decay, momentum, 1.0 - momentum)
-        t, (beta_1, beta_2) = self._t + 1.0, map(float, group["betas"])
-        epsilon, epsilon_hat = float(group["eps"]), bool(group.get("epsilon_hat"))
-        short = {"short_1": beta_1 < 0.5, "short_2": beta_2 < 0.5}
-        rule_c = adam_coefficients(
-            Numbers, rate, t, beta_1, beta_2, epsilon, epsilon_hat=epsilon_hat, **short
-        )
-        rule = by_memory(_AMSGRAD if group["amsgrad"] else _ADAM, **short)
-        self._backend.sweep(kind, rule, self._selection, gradients, factors, rule_c, pass_c)
+        kind, rule, selection, factors, rule_c, pass_c = sweep
+        self._backend.sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+        if self.is_absent:
+            return
         if not self._is_plain:
             torch.autograd.graph.increment_version(self.params)
+        t = self._t + 1.0
         for count in self._counts:
             count[()] = t
-        self._t = self._counts[0].item()  # float32 counts to 2**24
+        with torch.no_grad():
+            for step in self._unreachable:
+                step.fill_(t)
+        self._t = self._counts[0].item() if self._counts else t  # float32 counts to 2**24
         self._ts = [self._t] * len(self._counts)
 
     def _lost(self, decay: float) -> float:
@@ -670,12 +901,23 @@ def _buckets(params: list[Tensor], sizes: Sequence[int]) -> list[_Bucket]:
     return buckets
 
 
+def _check_distinct(buckets: Sequence[_Bucket]) -> None:
+    """Raise ValueError if two parameters share memory, in whatever groups they stand."""
+    for kind in (TorchMemory, TorchDevice):
+        found = [bucket for bucket in buckets if type(bucket.backend) is kind]
+        # In one bucket, what lies in the host's memory was compared as it was gathered.
+        if len(found) > (kind is TorchMemory):
+            kind().check_distinct([entry for bucket in found for entry in bucket.entries])
+    for bucket in buckets:
+        bucket.has_moved = False
+
+
 # --- the state of a parameter ---
 
 
 def _slot_names(group: Mapping[str, Any]) -> tuple[str, ...]:
     """The names under which a parameter's state is kept, in the order of the rule's slots."""
-    return _NAMES[bool(group["amsgrad"]), bool(group.get("use_ema"))]
+    return _NAMES[bool(group.get("amsgrad")), bool(group.get("use_ema"))]
 
 
 _OWN = ("step", "exp_avg", "exp_avg_sq")
@@ -687,28 +929,53 @@ _NAMES = {
 }
 
 
-def _entry(p: Tensor, name: str, state: Any, group: Mapping[str, Any]) -> Entry:
-    """A parameter with its state, which is created, or brought into the form that a step needs."""
+def _entry(
+    p: Tensor,
+    name: str,
+    state: Any,
+    group: Mapping[str, Any],
+    known: Sequence[str],
+    replaced: list[Replaced],
+) -> Entry:
+    """A parameter with its state, which is created, or brought into the form that a step needs.
+
+    `known` are the names of what the last step kept, if there was one: that may not be missing.
+    """
     variable = sharded.inner(p)
     entry = Torch.over([variable]).describe(variable, name)
-    held = state[p]
-    held |= {key: _slot(key, held.get(key), p, name, group) for key in _slot_names(group)}
-    entry.slots = tuple(
-        sharded.inner(held[key]) for key in _slot_names(group)[1:] if key != "average"
-    )
+    names, held = _slot_names(group), state[p]
+    _check_complete(held, (*_OWN, *known), name)
+    replaced.append((held, dict(held)))
+    held |= {key: _slot(key, held.get(key), p, name, group) for key in names}
+    entry.slots = tuple(sharded.inner(held[key]) for key in names[1:] if key != "average")
     if group.get("use_ema"):
         entry.average = sharded.inner(held["average"])
     return entry
 
 
+def _check_complete(held: Any, names: Iterable[str], name: str) -> None:
+    """Raise ValueError if there is a state, but not all of it: the rest would begin at zero."""
+    if not isinstance(held, dict):
+        raise ValueError(
+            f"The state of parameter '{name}' must be a dictionary. Received: {held!r}"
+        )
+    missing = sorted({key for key in names if held.get(key) is None})
+    if missing and any(key in held for key in _NAMES[True, True]):
+        raise ValueError(
+            f"The state of parameter '{name}' must be complete, or not there at all. It has "
+            f"{sorted(key for key in held if held[key] is not None)} and lacks {missing}. Load "
+            "a state that has it, or remove what is left to begin anew."
+        )
+
+
 def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) -> Tensor:
     """A state tensor as a step needs it: itself, if it is so."""
     if key == "step":
-        if value is None:
-            wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-        # On a device it would be waited for at each step.
-        return torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float32)).cpu()
+        return _step(value, name, group)
+    if value is not None and not isinstance(value, Tensor):
+        raise ValueError(
+            f"The state '{key}' of parameter '{name}' must be a tensor. Received: {value!r}"
+        )
     # float16 and bfloat16 are computed in float32, and so is their state.
     dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
     with torch.inference_mode(False), torch.no_grad():
@@ -736,6 +1003,29 @@ def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) 
         return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value)
 
 
+def _step(value: Any, name: str, group: Mapping[str, Any]) -> Tensor:
+    """The count of a parameter's steps, as a tensor on the host."""
+    if value is None:
+        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+    # 16 bits do not count to a thousand.
+    dtype = getattr(value, "dtype", torch.float32)
+    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    # On a device it would be waited for at each step.
+    step = torch.as_tensor(value, dtype=dtype).cpu()
+    step = step.detach().clone() if step.requires_grad else step
+    if step.numel() != 1 or not 0.0 <= _count(step) < math.inf:
+        raise ValueError(
+            f"The state 'step' of parameter '{name}' must be a number >= 0. Received: {value!r}"
+        )
+    return step
+
+
+def _count(step: Tensor) -> float:
+    # Where torch is asked for a number, it may belong to a device.
+    return float(step.numpy().item() if _is_plain(step) else _number("step", step))
+
+
 @dataclass(frozen=True, eq=False)
 class _Kept:
     """A state tensor on its way through torch's `load_state_dict`, which would cast it."""
@@ -749,16 +1039,19 @@ def _prepared(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | No
     if [len(g["params"]) for g in own] != [len(g["params"]) for g in saved]:
         return None  # torch says what is wrong
     kept = (*_EXTRAS, *_REFUSED)
-    saved = [
-        {**{k: o[k] for k in kept if k in o}, **{k: v for k, v in s.items() if k not in _REFUSED}}
-        for o, s in zip(own, _matched(own, saved), strict=True)
-    ]
+    saved = _matched(own, saved)
     state = dict(state_dict["state"])
     for group, s in zip(own, saved, strict=True):
         names = s.get("param_names") or _numbered(s["params"])
         for p, key, name in zip(group["params"], s["params"], names, strict=True):
-            if isinstance(state.get(key), dict):
+            if key in state:
+                # What the state's own groups say that they keep.
+                _check_complete(state[key], _slot_names(s), str(name))
                 state[key] = _copied(state[key], p, str(name), optimizer.state.get(p, {}), group)
+    saved = [
+        {**{k: o[k] for k in kept if k in o}, **{k: v for k, v in s.items() if k not in _REFUSED}}
+        for o, s in zip(own, saved, strict=True)
+    ]
     return {**state_dict, "param_groups": saved, "state": state}
 
 
@@ -767,7 +1060,7 @@ def _copied(
 ) -> dict[str, Any]:
     result = dict(slots)
     for key, value in slots.items():
-        if key not in _NAMES[True, True] or not isinstance(value, Tensor):
+        if key not in _NAMES[True, True]:
             continue
         fitting = _slot(key, value, p, name, group)
         # What a checkpoint was read into in place is the optimizer's own already.
@@ -784,39 +1077,70 @@ def _matched(own: Sequence[Any], saved: Sequence[Any]) -> list[dict[str, Any]]:
     # Names for keys: torch.distributed.checkpoint has found the parameters by name itself.
     if not is_named or any(isinstance(key, str) for group in saved for key in group["params"]):
         return list(saved)
-    ours = [_bare(group["param_names"]) for group in own]
-    theirs = [_bare(group["param_names"]) for group in saved]
-    order = list(range(len(own)))
+    ours = [list(group["param_names"]) for group in own]
+    theirs = [list(group["param_names"]) for group in saved]
+    for stripped in (list, _unwrapped, _bare):
+        order = _order(stripped(ours), stripped(theirs), ours, theirs)
+        if order is not None:
+            return [
+                {
+                    **saved[i],
+                    "params": [saved[i]["params"][k] for k in places],
+                    "param_names": list(group["param_names"]),
+                }
+                for group, (i, places) in zip(own, order, strict=True)
+            ]
+    raise ValueError(
+        "The parameters of each group must be those whose state is loaded. The groups hold "
+        f"{ours}, the state is of {theirs}. Give the parameters to the optimizer in the same "
+        "groups; or, to load by position, delete 'param_names' from the groups of the state."
+    )
+
+
+Names = list[list[str]]
+
+
+def _order(
+    ours: Names, theirs: Names, full: Names, their_full: Names
+) -> list[tuple[int, list[int]]] | None:
+    """For each group the saved one with the same names, and where in it each name stands.
+
+    None if there is none, or if names that are distinct in full are the same here.
+    """
+    for short, long in ((ours, full), (theirs, their_full)):
+        if len(set(chain(*short))) < len(set(chain(*long))):
+            return None
+    order = list(range(len(ours)))
     if [sorted(names) for names in ours] != [sorted(names) for names in theirs]:
         places = {frozenset(names): i for i, names in enumerate(theirs)}
         order = [places.get(frozenset(names), -1) for names in ours]
-    result = []
-    for group, names, i in zip(own, ours, order, strict=True):
-        is_unique = len(set(names)) == len(names)
-        if i < 0 or sorted(names) != sorted(theirs[i]) or (not is_unique and names != theirs[i]):
-            raise ValueError(
-                "The parameters of each group must be those whose state is loaded. The groups hold "
-                f"{ours}, the state is of {theirs}. Give the parameters to the optimizer in the "
-                "same groups; or, to load by position, delete 'param_names' from the groups of "
-                "the state."
-            )
-        keys = dict(zip(theirs[i], saved[i]["params"], strict=True)) if is_unique else {}
-        result.append(
-            {
-                **saved[i],
-                "params": [keys[n] for n in names] if keys else saved[i]["params"],
-                "param_names": list(group["param_names"]),
-            }
-        )
-    return result
+    found = []
+    for names, i in zip(ours, order, strict=True):
+        if i < 0 or sorted(names) != sorted(theirs[i]):
+            return None
+        if names == theirs[i]:
+            found.append((i, list(range(len(names)))))
+        elif len(set(names)) == len(names):
+            found.append((i, [theirs[i].index(name) for name in names]))
+        else:
+            return None
+    return found
 
 
 # What wrappers of a module put into the names of its parameters.
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = re.compile(rf"module\.|{_WRAPPERS.pattern}")
 
 
-def _bare(names: Sequence[str]) -> list[str]:
-    bare = [_WRAPPERS.sub("", name) for name in names]
-    while bare and all(name.startswith("module.") for name in bare):
-        bare = [name.removeprefix("module.") for name in bare]
-    return bare
+def _unwrapped(groups: Names) -> Names:
+    """Names without what wrappers of the whole module put before all of them."""
+    while found := _OUTER.match(next(chain(*groups), "")):
+        if not all(name.startswith(found[0]) for name in chain(*groups)):
+            break
+        groups = [[name.removeprefix(found[0]) for name in names] for names in groups]
+    return groups
+
+
+def _bare(groups: Names) -> Names:
+    """Names without what wrappers of parts of it put into them, either."""
+    return _unwrapped([[_WRAPPERS.sub("", name) for name in names] for names in groups])

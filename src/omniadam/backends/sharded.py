@@ -52,6 +52,20 @@ def gradient_of(gradient: Any, p: Tensor) -> Any:
     return gradient
 
 
+def is_valueless(tensor: Tensor) -> bool:
+    """Whether it has a shape but no values: on the meta device, or in a FakeTensorMode."""
+    fake: Any = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
+    return tensor.is_meta or isinstance(tensor, fake)
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are the same elements of the same memory."""
+    tensor = local(tensor)
+    if tensor.layout != torch.strided or is_valueless(tensor):
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def looks(tensor: Tensor) -> tuple[Any, ...]:
     """What of a parameter its state must follow."""
     tensor = local(tensor)
@@ -65,8 +79,10 @@ def lies_like(a: Tensor, b: Tensor) -> bool:
 
 def has_values(gradient: Tensor) -> bool:
     """Whether any element of a gradient is not zero, on whatever rank."""
-    if gradient.layout != torch.strided:
+    if is_valueless(gradient):
         return True
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
     norm = torch.linalg.vector_norm(gradient.detach(), ord=1)  # which does not underflow
     return bool(norm.full_tensor() if isinstance(norm, dtensor()) else norm)
 
@@ -110,6 +126,24 @@ def meshes(params: Sequence[Tensor]) -> list[Mesh]:
     return list(found.values())
 
 
-def is_flat(p: Tensor) -> bool:
-    """Whether it is a shard of FSDP1, an ordinary tensor that does not say what it is part of."""
+def may_be_flat(params: Sequence[Tensor]) -> bool:
+    """Whether some are shards of FSDP1, ordinary tensors that do not say what they are part of."""
+    return any(map(_is_flat, params)) or not _are_flat_ones_marked()
+
+
+def _is_flat(p: Tensor) -> bool:
     return hasattr(p, "_fsdp_flattened") or type(p).__name__ == "FlatParameter"
+
+
+def _are_flat_ones_marked() -> bool:
+    """Whether FSDP1, where it may be in use, marks its shards as `_is_flat` believes it does."""
+    if "torch.distributed.fsdp" not in sys.modules or not torch.distributed.is_initialized():
+        return True
+    try:
+        from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+
+        mark: Any = torch.empty(0, device="cpu")
+        _set_fsdp_flattened(mark)
+    except Exception:  # whatever another version may say to that
+        return False
+    return _is_flat(mark)

@@ -110,11 +110,6 @@ class Torch(Backend):
         if variable.dtype not in _DTYPES:
             advice = " Train torch.view_as_real() of it." if variable.is_complex() else ""
             raise TypeError(f"{what} must be float16, bfloat16, float32 or float64.{advice}")
-        if variable.is_meta:
-            raise ValueError(
-                f"{what} is on the meta device, which holds no values. Call to_empty(device=...) "
-                "on the module and initialise it first."
-            )
         if variable.requires_grad and not variable.is_leaf:
             raise ValueError(
                 f"{what} is the result of a computation, so that no step can change it. Pass the "
@@ -132,7 +127,7 @@ class Torch(Backend):
 
     def _check_memory(self, tensor: Tensor, what: str) -> None:
         """Raise ValueError unless a dense tensor has all of the memory that it speaks of."""
-        if _is_plain(tensor) and not _has_memory(tensor):
+        if _is_plain(tensor) and not tensor.is_meta and not _has_memory(tensor):
             raise ValueError(
                 f"{what} has no memory that could be reached: its storage was freed, as by "
                 "resize_(0), or it belongs to a transformation of torch.func or torch.compile. "
@@ -223,6 +218,10 @@ class Torch(Backend):
     def copied(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
+    def place(self, selection: Selection) -> Any:
+        """Where everything lay when it was gathered, to compare with where it lay before."""
+        raise NotImplementedError
+
     def update_each(self, *args: Any) -> None:
         with torch.no_grad():  # of a user's arithmetic on parameters
             super().update_each(*args)  # type: ignore[safe-super]
@@ -309,7 +308,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _is_on_host(variable: Any) -> bool:
     is_tensor = isinstance(variable, Tensor)
-    return not is_tensor or (variable.device.type in ("cpu", "meta") and _is_plain(variable))
+    return not is_tensor or (variable.device.type == "cpu" and _is_plain(variable))
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -323,6 +322,12 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
     end = tensor.storage_offset() + _reach(tensor)
     return address != 0 and bool(end * tensor.element_size() <= held)
+
+
+def _tensors(entry: Entry) -> list[Tensor]:
+    """All that a step may write to."""
+    every = (entry.variable, *entry.slots, entry.accumulator, entry.average)
+    return [tensor for tensor in every if tensor is not None]
 
 
 def _reach(tensor: Tensor) -> int:
@@ -414,6 +419,9 @@ class TorchMemory(Torch, HostMemory):
         else:
             prepared["known"] = Known(selection.entries, gradients, prepared["memory"])
         return gathered
+
+    def place(self, selection: Selection) -> Any:
+        return selection.prepared["places"]
 
     def is_located(self, selection: Selection) -> bool:
         placed = selection.prepared.get("placed")
@@ -664,11 +672,11 @@ class TorchDevice(Torch, Functional):
         self._device = entries[0].variable.device
         spans: dict[Any, list[tuple[int, int, Entry]]] = {}
         for entry in entries:
-            v = entry.variable
-            if v.numel() and _is_plain(v):
-                start = v.data_ptr()
-                span = start, start + _reach(v) * v.element_size(), entry
-                spans.setdefault(v.device, []).append(span)
+            for v in _tensors(entry):
+                if v.numel() and _is_plain(v) and not v.is_meta:
+                    start = v.data_ptr()
+                    span = start, start + _reach(v) * v.element_size(), entry
+                    spans.setdefault(v.device, []).append(span)
         for each in spans.values():
             each.sort(key=lambda span: span[:2])
             for (_, stop, one), (start, _, other) in pairwise(each):
@@ -678,6 +686,10 @@ class TorchDevice(Torch, Functional):
                         f"{one.shape} and '{other.name}' of shape {other.shape}, which overlap. "
                         "Pass each variable once."
                     )
+
+    def place(self, selection: Selection) -> Any:
+        tensors = [v for e in (*selection.entries, *selection.rest) for v in _tensors(e)]
+        return [v.data_ptr() for v in tensors if _is_plain(v) and not v.is_meta]
 
     def gradient(self, gradient: Any, entry: Entry) -> Tensor:
         for held in (*entry.slots, entry.accumulator, entry.average):
