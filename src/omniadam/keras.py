@@ -86,11 +86,14 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: if a variable cannot be trained, or shares memory with another.
         """
-        if self.built:
+        if self._engine.built:
             return
-        entries = self._engine.described(list(var_list))
-        super().build(list(var_list))
-        self._engine.adopt(*entries)
+        with self._engine._building:  # one thread builds, and others find it built
+            if self.built:
+                return
+            entries = self._engine.described(list(var_list))
+            super().build(list(var_list))
+            self._engine.adopt(*entries)
 
     def add_variable(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from inspect import isfunction
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -103,6 +104,7 @@ class Optimizer(_Base):
     ) -> None:
         introduce(Optimizer)
         self.built = False
+        self._building = threading.RLock()
         self._backend: Backend | None = None
         self._entries: tuple[Entry, ...] = ()
         self._index: dict[int, int] = {}  # id of a variable -> position of its entry
@@ -268,6 +270,10 @@ class Optimizer(_Base):
             >>> [name for name in opt.named_variables()][2:4]
             ['dense_kernel_momentum', 'dense_kernel_velocity']
         """
+        with self._building:
+            self._build_or_check(variables)
+
+    def _build_or_check(self, variables: Any) -> None:
         if self.built:
             given = _as_list(variables)
             if [id(v) for v in given] != [id(e.key) for e in self._entries]:
@@ -651,18 +657,24 @@ class Optimizer(_Base):
             if gradients is not None:
                 self._step(selection, gradients)
                 return
-        with nullcontext() if self.built else self._unbuilt_on_error():
+        if self.built:
             self._step(*self._examined(grads, variables))
+            return
+        with ExitStack() as stack:
+            with self._building:  # one thread builds, and others find it built
+                if not self.built:
+                    stack.enter_context(self._unbuilt_on_error())
+                examined = self._examined(grads, variables)
+            self._step(*examined)
 
     def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
         """Step 1: every check, and the gradients that are there. Builds if that is still to do."""
-        new = None
+        new = stand_ins = None
         if self.built:
             backend = self._backend
             assert backend is not None
-            entries = backend.stand_ins(self._entries, variables) or [
-                self._entry(variable) for variable in variables
-            ]
+            stand_ins = backend.stand_ins(self._entries, variables)
+            entries = stand_ins or [self._entry(variable) for variable in variables]
             if len({id(entry) for entry in entries}) != len(entries):
                 raise ValueError(
                     f"A variable is given twice in one step. Received: {_names(entries)}."
@@ -676,7 +688,10 @@ class Optimizer(_Base):
             self._build_by(variables, *new)
             present = [self._entry(entry.key) for entry in present]
         self._restored = None  # what was pickled or copied is in its variables now
-        self._recent = selection = self._selection(present)
+        if stand_ins is None:
+            self._recent = selection = self._selection(present)
+        else:
+            selection = _selected(present, stand_ins)
         if any(entry.replaced for entry in present):
             self._recent = None
             selection, checked = self._replace(present, checked)
@@ -716,13 +731,7 @@ class Optimizer(_Base):
 
     def _selection(self, present: Sequence[Entry]) -> Selection:
         key = tuple(map(id, present))
-
-        def made() -> Selection:
-            chosen = set(key)
-            rest = tuple(e for e in self._entries if id(e) not in chosen and not e.replaced)
-            return Selection(tuple(present), rest)
-
-        found: Selection = self._selections.found(key, made)
+        found: Selection = self._selections.found(key, lambda: _selected(present, self._entries))
         return found
 
     def _build_by(self, variables: list[Any], backend: Backend, entries: tuple[Entry, ...]) -> None:
@@ -770,13 +779,13 @@ class Optimizer(_Base):
         step, micro_step, average, _ = self._passes or self._make_passes()
         rule = fixed.rule
         functions = backend.functions
-        calls = backend.value(self._iteration)
+        if self._schedule is not None:
+            calls, learning_rate = self._count_and_rate(backend)
+        else:
+            calls = backend.value(self._iteration)
+            learning_rate = backend.value(self._learning_rate) if rate is None else rate
         n = self.gradient_accumulation_steps
         updates = calls // n if n else calls
-        if self._schedule is not None:
-            learning_rate = backend.rate(self._scheduled(calls))
-        else:
-            learning_rate = backend.value(self._learning_rate) if rate is None else rate
         pass_c = self._pass_coefficients(functions, learning_rate, updates)
 
         def update() -> None:
@@ -804,7 +813,20 @@ class Optimizer(_Base):
             update()
         if self.use_ema and selection.rest:
             backend.sweep(average, rule, selection, gradients, (), _NO_RULE_C, pass_c)
+        if not self._is_fused:
+            calls = backend.value(self._iteration)  # others may have made steps meanwhile
         backend.assign(self._iteration, calls + 1)
+
+    def _count_and_rate(self, backend: Backend) -> tuple[Any, Any]:
+        """The number of calls so far, and the rate that the schedule has for it."""
+        calls = backend.value(self._iteration)
+        while True:
+            with backend.aside():
+                rate = backend.rate(self._scheduled(calls))
+            now = backend.value(self._iteration)
+            if now is calls or now == calls:
+                return calls, rate
+            calls = now  # others made steps while the schedule ran
 
     def _make_passes(self) -> tuple[Pass, Pass, Pass, Pass]:
         average = Pass(
@@ -1298,6 +1320,7 @@ class Optimizer(_Base):
         """
         # Without what TensorFlow notes on an object that it tracks.
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("_self_")}
+        del state["_building"]
         held = tuple((e.name, e.shape, e.dtype) for e in self._entries) or (
             self._restored.variables if self._restored else ()
         )
@@ -1321,6 +1344,7 @@ class Optimizer(_Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._building = threading.RLock()
         self._forget()
 
     def __repr__(self) -> str:
@@ -1354,6 +1378,13 @@ def _slot_groups(rule: RuleKey | None) -> list[tuple[str, ...]]:
     """
     slots = () if rule is None else rule.slots
     return [group for group in (slots[:2], slots[2:]) if group]
+
+
+def _selected(present: Sequence[Entry], entries: Sequence[Entry]) -> Selection:
+    chosen = set(map(id, present))
+    return Selection(
+        tuple(present), tuple(e for e in entries if id(e) not in chosen and not e.replaced)
+    )
 
 
 def _as_list(variables: Any) -> list[Any]:

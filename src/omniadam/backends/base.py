@@ -7,9 +7,10 @@ its library, and may keep what it prepared for them.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -94,6 +95,20 @@ class Backend(ABC):
     # Where values cannot be overwritten: makes what stands for a variable of another library that
     # holds such a value, by its `value` and `assign`.
     holder: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        # Steps follow one another, whichever threads make them: what reads state and overwrites
+        # it has this.
+        self.turn = threading.RLock()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around a user's function in the middle of a step: the turn is others' meanwhile."""
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
 
     @classmethod
     def over(cls, variables: Sequence[Any]) -> Backend:
@@ -206,7 +221,8 @@ class Backend(ABC):
 
         `gradients` and `rate` change from call to call; a compiled step serves one `fixed`.
         """
-        step(selection, gradients, rate, fixed)
+        with self.turn:
+            step(selection, gradients, rate, fixed)
 
     def untraced(self) -> AbstractContextManager[Any]:
         """In which what is assigned is no part of a function that is traced now."""

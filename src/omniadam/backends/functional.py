@@ -4,16 +4,42 @@ During a step values are kept in cells, one for each variable and slot that the 
 values replace old ones in the cells, and are stored once at the end. A step is therefore a function
 of arrays, whatever the library makes of it: it can be traced, compiled, branched on a traced
 condition, or run on arrays that belong to no variable at all.
+
+What a step is in the middle of is its thread's: other threads trace and run steps of the same
+optimizer at the same time.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..rule import Pass, RuleKey, make_element, make_gradient
 from .base import Backend, Entry, Selection
+
+# Each by identity of a variable: the variable and its present value.
+Cells = dict[int, tuple[Any, Any]]
+
+
+@dataclass(eq=False)
+class Call:
+    """What a step is in the middle of."""
+
+    cells: Cells
+    reachable: list[Any]  # the variables that it may touch
+    how: str  # the library runs it, in a word of that library's
+    has_turn: bool
+    stored: set[int] = field(default_factory=set)  # by identity: variables that are overwritten
+
+
+class _OfThread(threading.local):
+    call: Call | None = None
+    # After a step: by identity of a counter, its value, for who made the step.
+    counts: dict[int, Any] | None = None
 
 
 class Functional(Backend):
@@ -24,10 +50,8 @@ class Functional(Backend):
     arrays: ClassVar[Any]
 
     def __init__(self) -> None:
-        # While a step runs: by identity, the variable and its present value.
-        self._cells: dict[int, tuple[Any, Any]] | None = None
-        self._stored: set[int] = set()
-        self._reachable: list[Any] = []
+        super().__init__()
+        self._here = _OfThread()
 
     @abstractmethod
     def load(self, variable: Any) -> Any:
@@ -45,23 +69,31 @@ class Functional(Backend):
 
     # --- cells ---
 
+    @property
+    def how(self) -> str:
+        """How the step runs that this thread is in the middle of."""
+        call = self._here.call
+        return "" if call is None else call.how
+
     def read(self, variable: Any) -> Any:
         """The value at this point of the step, or the stored one outside a step."""
-        if self._cells is None:
+        call = self._here.call
+        if call is None:
             return self.load(variable)
-        if id(variable) not in self._cells:
-            self._cells[id(variable)] = variable, self.load(variable)
-        return self._cells[id(variable)][1]
+        if id(variable) not in call.cells:
+            call.cells[id(variable)] = variable, self.load(variable)
+        return call.cells[id(variable)][1]
 
     def write(self, variable: Any, value: Any) -> None:
         """Replace the value; stored at the end of the step, or at once outside one."""
         value = self.arrays.broadcast_like(value, self.read(variable))
-        if self._cells is None:
+        call = self._here.call
+        if call is None:
             self.store(variable, value)
         else:
             # Stored where it was read: in the variable, or in what stands in for it.
-            self._cells[id(variable)] = self._cells[id(variable)][0], value
-            self._stored.add(id(variable))
+            call.cells[id(variable)] = call.cells[id(variable)][0], value
+            call.stored.add(id(variable))
 
     def value(self, variable: Any) -> Any:
         return self.read(variable)
@@ -69,24 +101,39 @@ class Functional(Backend):
     def assign(self, variable: Any, value: Any) -> None:
         self.write(variable, value)
 
+    def count(self, variable: Any) -> Any:
+        counts, self._here.counts = self._here.counts, None
+        found = None if counts is None else counts.get(id(variable))
+        return self.value(variable) if found is None else found
+
     def inline(
         self,
         step: Callable[[], None],
         selection: Selection,
-        cells: dict[int, tuple[Any, Any]],
-    ) -> None:
-        """Run a step on cells, which hold the new values afterwards; nothing is stored."""
-        self._cells, self._stored = cells, set()
-        self._reachable = [
+        cells: Cells,
+        how: str = "",
+        *,
+        has_turn: bool = False,
+    ) -> set[int]:
+        """Run a step on cells, which hold the new values afterwards; nothing is stored.
+
+        Returns:
+            By identity, the variables that it overwrites.
+        """
+        reachable = [
             variable
             for e in (*selection.entries, *selection.rest)
             for variable in (e.variable, *e.slots, e.accumulator, e.average)
             if variable is not None
         ]
+        call, here = Call(cells, reachable, how, has_turn), self._here
+        outer = here.call
         try:
+            here.call = call
             step()
         finally:
-            self._cells = None
+            here.call = outer
+        return call.stored
 
     def run(
         self,
@@ -96,27 +143,50 @@ class Functional(Backend):
         rate: Any,
         fixed: Any,
     ) -> None:
-        cells: dict[int, tuple[Any, Any]] = {}
-        self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
-        for key in self._stored:
-            self.store(*cells[key])
+        cells: Cells = {}
+        with self.turn:
+            stored = self.inline(
+                lambda: step(selection, gradients, rate, fixed), selection, cells, has_turn=True
+            )
+            for key in stored:
+                self.store(*cells[key])
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        call = self._here.call
+        if call is None or not call.has_turn:
+            yield
+            return
+        self._flush(call)
+        with super().aside():
+            yield
+
+    def _flush(self, call: Call) -> None:
+        """Store what is in cells, and forget it: what comes now reads the variables."""
+        for key, cell in call.cells.items():
+            if key in call.stored:
+                self.store(*cell)
+        # The dictionary stays the one that the step was begun with.
+        call.cells.clear()
+        call.stored.clear()
 
     def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
         # Both ways must return the same cells, so it is all that a step can touch.
-        touched = {id(v): v for v in self._reachable}
+        call = self._here.call
+        assert call is not None
+        touched = {id(v): v for v in call.reachable}
         for variable in touched.values():
             self.read(variable)
-        assert self._cells is not None
-        before, keys = self._cells, list(touched)
+        before, keys = call.cells, list(touched)
 
         def on(action: Callable[[], None]) -> Callable[[list[Any]], list[Any]]:
             def run(values: list[Any]) -> list[Any]:
-                self._cells = dict(before)
+                call.cells = dict(before)
                 for key, value in zip(keys, values, strict=True):
-                    self._cells[key] = before[key][0], value
+                    call.cells[key] = before[key][0], value
                 action()
                 result = [self.read(touched[key]) for key in keys]
-                self._cells = before
+                call.cells = before
                 return result
 
             return run
@@ -124,7 +194,7 @@ class Functional(Backend):
         after = self.cond(condition, on(yes), on(no), [before[key][1] for key in keys])
         for key, value in zip(keys, after, strict=True):
             before[key] = before[key][0], value
-        self._stored.update(keys)
+        call.stored.update(keys)
 
     # --- passes ---
 
@@ -241,14 +311,15 @@ class Functional(Backend):
 
     def _outside(self, action: Callable[[], None]) -> None:
         """Do what reads and writes variables by itself: they must hold what the cells do."""
-        cells = self._cells
-        if cells is None:
+        here = self._here
+        call = here.call
+        if call is None:
             action()
             return
-        for key in self._stored:
-            self.store(*cells[key])
-        self._cells = None
-        action()
-        # What it changed is read anew; the dictionary stays the one that the step was begun with.
-        cells.clear()
-        self._cells, self._stored = cells, set()
+        self._flush(call)
+        with self.aside():
+            here.call = None
+            try:
+                action()
+            finally:
+                here.call = call

@@ -299,7 +299,8 @@ class HostMemory(Backend):
             def rule(w: Any, g: Any, slots: Any, c: Any, entry: Entry = entry) -> Any:
                 if kind.decayed and entry.decayed:
                     self.assign(entry.variable, w)
-                update(g, entry)
+                with self.aside():
+                    update(g, entry)
                 return self.floats(entry.variable, entry), slots
 
             element = make_element(

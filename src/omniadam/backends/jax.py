@@ -11,10 +11,12 @@ import atexit
 import inspect
 import math
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache, partial, wraps
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, ClassVar
@@ -30,7 +32,7 @@ from .. import options
 from ..kernels import xla
 from ..rule import Pass, RuleKey, make_adam
 from .base import FLOATS, HALVES, Entry, Selection, received
-from .functional import Functional
+from .functional import Cells, Functional
 from .host import Numbers
 
 try:
@@ -47,6 +49,8 @@ _Array: Any = type(jnp.zeros(()))
 Advance = Callable[[Any, Any], None]
 # How many versions of the settings a selection keeps compiled steps for.
 _KEPT = 8
+# How a step is traced: for the kernels of the CPU to run it, or to see what it overwrites.
+_BY_KERNELS, _REHEARSED = "by kernels", "rehearsed"
 
 
 class Held:
@@ -190,16 +194,8 @@ class JAX(Functional):
         self._is_mutable = any(isinstance(v, jax.Ref) for v in variables)
         # Where state lies that belongs to no variable.
         self._home = _home([v for v in variables if not isinstance(v, Tracer)])
-        # By identity of a variable, the traced Ref that a compiled function has for it.
-        self._stand_ins: dict[int, Any] = {}
-        self._given: dict[int, Any] = {}  # those of the step that runs
-        self._is_rehearsing = False
-        # While a step is traced that is to run on the CPU kernels.
-        self._calls_kernels = False
         # Whether a step in a function that a user compiles calls the kernels: see `prefer_kernels`.
         self._prefers_kernels = False
-        # After an eager step: by identity of a counter, an array with its value.
-        self._counts: dict[int, Any] = {}
 
     @classmethod
     def over(cls, variables: Sequence[Any]) -> JAX:
@@ -295,7 +291,8 @@ class JAX(Functional):
     def assign(self, variable: Any, value: Any) -> None:
         if isinstance(value, (jax.Ref, Held)):
             value = self.read(value)
-        if self._cells is not None or isinstance(value, jax.Array) or not nothing_is_traced():
+        self._here.counts = None
+        if self._here.call is not None or isinstance(value, jax.Array) or not nothing_is_traced():
             self.write(variable, value)
         elif isinstance(variable, Held) or (isinstance(variable, jax.Ref) and refs_are_open()):
             self._assign_from_host(variable, value)
@@ -313,7 +310,7 @@ class JAX(Functional):
             variable._refs._buf = array
 
     def value(self, variable: Any) -> Any:
-        if self._cells is not None:
+        if self._here.call is not None:
             return self.read(variable)
         held = self._at_hand(variable)
         if isinstance(held, Tracer):
@@ -329,7 +326,8 @@ class JAX(Functional):
         return self.load(variable)
 
     def count(self, variable: Any) -> Any:
-        found = self._counts.get(id(variable))
+        counts, self._here.counts = self._here.counts, None
+        found = None if counts is None else counts.get(id(variable))
         return self.load(variable) if found is None else found
 
     def array(self, variable: Any) -> Any:
@@ -441,7 +439,6 @@ class JAX(Functional):
         return None
 
     def stand_ins(self, entries: Sequence[Entry], variables: list[Any]) -> list[Entry] | None:
-        self._stand_ins = {}
         self._check_mutable()
         if not any(isinstance(v, Tracer) for v in variables):
             return None
@@ -456,8 +453,7 @@ class JAX(Functional):
                 f"Received {len(variables)}: {forms}. Pass all of them (a gradient may be None), "
                 "or close over the Refs."
             )
-        self._stand_ins = {id(e.variable): v for e, v in zip(entries, variables, strict=True)}
-        return list(entries)
+        return [replace(e, variable=v) for e, v in zip(entries, variables, strict=True)]
 
     # --- the step ---
 
@@ -472,47 +468,61 @@ class JAX(Functional):
         def advance(gradients: Any, rate: Any) -> None:
             step(selection, gradients, rate, fixed)
 
-        self._counts = {}
-        if self._prefers_kernels and not self._stand_ins and not nothing_is_traced():
-            self._run_by_kernels(advance, selection, gradients, rate)
-            return
-        if self._stand_ins or not nothing_is_traced():
-            self.run_here(advance, selection, gradients, rate)
+        if not nothing_is_traced() or _has_stand_ins(selection):
+            if self._prefers_kernels:
+                self._run_by_kernels(advance, selection, gradients, rate)
+            else:
+                self.run_here(advance, selection, gradients, rate)
             return
         is_open = refs_are_open() or not self._is_mutable
         programs = selection.prepared.setdefault("programs", {})
         key = is_open, fixed
-        if key not in programs:
+        program = programs.get(key)
+        if program is None:
             while len(programs) >= _KEPT:
                 programs.pop(next(iter(programs)))
-            programs[key] = self._program(is_open, advance, selection, gradients, rate)
-        programs[key](gradients, rate)
+            program = programs[key] = self._program(is_open, advance, selection, gradients, rate)
+        program(gradients, rate)
 
     def _program(
         self, is_open: bool, advance: Advance, selection: Selection, gradients: Any, rate: Any
     ) -> Advance:
-        def here(gradients: Any, rate: Any) -> None:
-            self.run_here(advance, selection, gradients, rate)
-
         try:
             changed, kept = self._rehearse(advance, selection, gradients, rate)
         except _NotOurs:
-            return here
+
+            def in_turn(gradients: Any, rate: Any) -> None:
+                with self.turn:
+                    self.run_here(advance, selection, gradients, rate, has_turn=True)
+
+            return in_turn
         except _UNTRACEABLE as error:
             error.add_note(_TRACEABLE)
             raise
         if is_open:
             return Program(self, advance, selection, changed, kept)
-        public: Advance = jax.jit(here)  # which closes over the Refs, as JAX documents it
-        return public
 
-    def run_here(self, advance: Advance, selection: Selection, gradients: Any, rate: Any) -> None:
+        def here(gradients: Any, rate: Any) -> None:
+            self.run_here(advance, selection, gradients, rate)
+
+        # Which closes over the Refs, as JAX documents it.
+        return InTurn(self.turn, here).call
+
+    def run_here(
+        self,
+        advance: Advance,
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        *,
+        has_turn: bool = False,
+    ) -> None:
         """Run a step on the Refs themselves: inside a trace, or one operation after the other."""
-        self._given, self._stand_ins = self._stand_ins, {}
-        cells = {key: (ref, ref[...]) for key, ref in self._given.items()}
-        self.inline(lambda: advance(gradients, rate), selection, cells)
-        for key in self._stored:
-            self.store(*cells[key])
+        cells: Cells = {}
+        stored = self.inline(lambda: advance(gradients, rate), selection, cells, has_turn=has_turn)
+        for key, cell in cells.items():
+            if key in stored:
+                self.store(*cell)
 
     def prefer_kernels(self, variables: Sequence[Any]) -> None:
         """Let steps in functions that are compiled call the kernels, if all is on one CPU."""
@@ -532,11 +542,8 @@ class JAX(Functional):
 
         def step(by: bool, values: list[Any], gradients: Any, rate: Any) -> list[Any]:
             cells = {id(v): (v, x) for v, x in zip((*changed, *kept), values, strict=True)}
-            self._calls_kernels = by
-            try:
-                self.inline(lambda: advance(gradients, rate), selection, cells)
-            finally:
-                self._calls_kernels = False
+            how = _BY_KERNELS if by else ""
+            self.inline(lambda: advance(gradients, rate), selection, cells, how)
             return [cells[id(v)][1] for v in changed]
 
         by_kernels = jax.custom_jvp(partial(step, True))
@@ -550,23 +557,21 @@ class JAX(Functional):
         self, advance: Advance, selection: Selection, gradients: Any, rate: Any
     ) -> tuple[list[Any], list[Any]]:
         """The variables that a step overwrites, and those it only reads; nothing is computed."""
-        cells: dict[int, tuple[Any, Any]] = {}
+        cells: Cells = {}
+        stored: set[int] = set()
 
         def rehearsed(gradients: Any, rate: Any) -> None:
-            self.inline(lambda: advance(gradients, rate), selection, cells)
+            step = lambda: advance(gradients, rate)  # noqa: E731
+            stored.update(self.inline(step, selection, cells, _REHEARSED))
 
-        self._is_rehearsing = True
-        try:
-            jax.eval_shape(rehearsed, gradients, rate)
-        finally:
-            self._is_rehearsing = False
-        changed = [v for key, (v, _) in cells.items() if key in self._stored]
-        return changed, [v for key, (v, _) in cells.items() if key not in self._stored]
+        jax.eval_shape(rehearsed, gradients, rate)
+        changed = [v for key, (v, _) in cells.items() if key in stored]
+        return changed, [v for key, (v, _) in cells.items() if key not in stored]
 
     def square_sums(
         self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
     ) -> list[Any]:
-        if not self._calls_kernels or not xla.serves(rule):
+        if self.how != _BY_KERNELS or not xla.serves(rule):
             return super().square_sums(kind, rule, selection, gradients, pass_c)
         sums: dict[int, Any] = {}
         entries = selection.entries
@@ -595,7 +600,7 @@ class JAX(Functional):
         rule_c: Sequence[Any],
         pass_c: Sequence[Any],
     ) -> None:
-        if not self._calls_kernels or not xla.serves(rule):
+        if self.how != _BY_KERNELS or not xla.serves(rule):
             super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
             return
         entries = selection.entries if kind.gradient else selection.rest
@@ -638,15 +643,15 @@ class JAX(Functional):
         chosen: list[Any] = lax.cond(condition, yes, no, values)
         return chosen
 
-    def update_each(self, *args: Any) -> None:
-        if self._is_rehearsing:
+    def update_each(self, kind: Pass, selection: Selection, *arguments: Any) -> None:
+        if self.how == _REHEARSED:
             raise _NotOurs
-        if self._given:
+        if _has_stand_ins(selection):
             raise ValueError(
                 "An `update_step` of one's own works on the jax.Refs that the optimizer was built "
                 "with: close over them, instead of passing them to the compiled function."
             )
-        super().update_each(*args)
+        super().update_each(kind, selection, *arguments)
 
     def stateless_apply(
         self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
@@ -794,6 +799,10 @@ def _is_on_cpu(variable: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
+def _has_stand_ins(selection: Selection) -> bool:
+    return isinstance((selection.entries or selection.rest)[0].variable, Tracer)
+
+
 class _NotOurs(Exception):
     """The step calls an `update_step` that a user wrote, which is run as it is."""
 
@@ -826,45 +835,92 @@ class Program:
         self._targets = [*self._changed, *(place for _, place in self._counters)]
         for each in self._changed:
             # As in jax.new_ref(1.0). What a step stores is not, and would compile a second step.
-            if each._buf.weak_type or not each._buf.committed:
-                strong = jnp.array(each._buf, each._buf.dtype)
-                each._buf = jax.device_put(strong, each._buf.sharding)
+            with backend.turn:
+                if each._buf.weak_type or not each._buf.committed:
+                    strong = jnp.array(each._buf, each._buf.dtype)
+                    each._buf = jax.device_put(strong, each._buf.sharding)
 
-        def step(old: list[Any], others: list[Any], gradients: list[Any], rate: Any) -> list[Any]:
+        def step(
+            how: str, old: list[Any], others: list[Any], gradients: list[Any], rate: Any
+        ) -> list[Any]:
             cells = {id(v): (v, x) for v, x in zip(changed, old, strict=True)}
             cells |= {id(v): (v, x) for v, x in zip(kept, others, strict=True)}
-            backend.inline(lambda: advance(gradients, rate), selection, cells)
+            backend.inline(lambda: advance(gradients, rate), selection, cells, how)
             # A count that is returned is no memory of a Ref, which the next step overwrites.
             return [cells[id(v)][1] for v in (*changed, *counters)]
 
-        def omniadam_step(
-            old: list[Any], others: list[Any], gradients: list[Any], rate: Any
-        ) -> list[Any]:
-            backend._calls_kernels = has_kernels
-            try:
-                return step(old, others, gradients, rate)
-            finally:
-                backend._calls_kernels = False
+        def omniadam_step(*arguments: Any) -> list[Any]:
+            return step(_BY_KERNELS if has_kernels else "", *arguments)
 
         has_kernels = self._owns and all(map(_is_on_cpu, changed)) and _kernels_work()
         places = None
         if any(len(v.sharding.device_set) > 1 for v in changed):
             places = [v.sharding for v in (*changed, *counters)]
-        self._compiled = jax.jit(omniadam_step, donate_argnums=0, out_shardings=places)
-        self._keeping = jax.jit(step, out_shardings=places)
+        turn = backend.turn
+        self._compiled = InTurn(turn, omniadam_step, donate_argnums=0, out_shardings=places)
+        self._keeping = InTurn(turn, partial(step, ""), out_shardings=places)
 
     def __call__(self, gradients: Any, rate: Any) -> None:
         # Where NaN raises an error, the old values are still needed then.
         config = jax.config
         keeps = config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
         donates = self._owns and not keeps
-        compiled = self._compiled if donates else self._keeping
-        old, others = [ref._buf for ref in self._changed], [ref._buf for ref in self._kept]
-        # Once the old arrays are given away, the new ones must reach their Refs. This is one call
-        # into C, so that a KeyboardInterrupt comes before it or after it.
-        new = chain.from_iterable(map(compiled, (old,), (others,), (gradients,), (rate,)))
-        deque(map(setattr, self._targets, repeat("_buf"), new), maxlen=0)
-        self._backend._counts = {key: place._buf for key, place in self._counters}
+        run = self._compiled if donates else self._keeping
+
+        def arguments() -> tuple[Any, ...]:
+            old, others = [ref._buf for ref in self._changed], [ref._buf for ref in self._kept]
+            return old, others, gradients, rate
+
+        def use(compiled: Any) -> None:
+            # Once the old arrays are given away, the new ones must reach their Refs. This is one
+            # call into C, so that a KeyboardInterrupt comes before it or after it.
+            new = chain.from_iterable(map(compiled, *zip(arguments())))
+            deque(map(setattr, self._targets, repeat("_buf"), new), maxlen=0)
+            self._backend._here.counts = {key: place._buf for key, place in self._counters}
+
+        run.by(use, arguments)
+
+
+class _Untraced(Exception):
+    """A compiled function is to be traced, and its caller has the turn."""
+
+
+class InTurn:
+    """A compiled function that is run in turn, but traced before: it may call users' functions."""
+
+    def __init__(self, turn: Any, function: Callable[..., Any], **settings: Any) -> None:
+        self._turn, self._thread = turn, threading.local()
+
+        @wraps(function)
+        def traced(*arguments: Any) -> Any:
+            if getattr(self._thread, "has_turn", False):
+                raise _Untraced
+            return function(*arguments)
+
+        self.jitted = jax.jit(traced, **settings)
+
+    def call(self, *arguments: Any) -> None:
+        self.by(lambda compiled: compiled(*arguments), lambda: arguments)
+
+    def by(self, use: Callable[[Any], None], arguments: Callable[[], Any]) -> None:
+        """Let it be used, by what calls the compiled function once, with these arguments."""
+        if jax.config.jax_disable_jit:  # it is run as Python, and all that it calls
+            use(self.jitted)
+            return
+        thread = self._thread
+        try:
+            with self._turn:
+                thread.has_turn = True
+                use(self.jitted)
+                return
+        except _Untraced:
+            pass
+        finally:
+            thread.has_turn = False
+        self.jitted.clear_cache()  # calls that failed once are slow from then on
+        self.jitted.trace(*arguments())
+        with self._turn:
+            use(self.jitted)
 
 
 class _Place:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import count
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ import tensorflow as tf
 from .. import options
 from ..rule import Pass, RuleKey
 from .base import FLOATS, HALVES, Entry, Selection, received, takes_arguments
-from .functional import Functional
+from .functional import Cells, Functional
 from .host import Numbers
 
 try:  # Not public, and only there to be fast.
@@ -39,6 +39,8 @@ Step = Callable[[Selection, Any, Any, Any], None]
 # How many versions of the settings a selection keeps compiled steps for.
 _KEPT = 8
 _made = count()
+# How a step is traced as a program: in one part, or in parts that XLA compiles one by one.
+_WHOLE, _IN_PARTS = "whole", "in parts"
 # Whether what is traced now is compiled by XLA as part of an eager step.
 _by_xla: ContextVar[bool] = ContextVar("omniadam_by_xla", default=False)
 # Whether the order of reads and writes is what the step says of it, and nothing else.
@@ -155,10 +157,6 @@ class TensorFlow(Functional):
             getattr(first, "distribute_strategy", None) if _is_distributed(first) else None
         )
         self._home = getattr(first, "device", None)  # where state lies that belongs to no variable
-        # After a step: by identity of a counter, a tensor with its value.
-        self._counts: dict[int, Any] = {}
-        # While a program is traced: that it is, and whether in parts that XLA compiles one by one.
-        self._is_tracing = self._is_in_parts = False
 
     @classmethod
     def over(cls, variables: Sequence[Any]) -> TensorFlow:
@@ -254,24 +252,19 @@ class TensorFlow(Functional):
         return variable.assign(value, read_value=False)
 
     def value(self, variable: Any) -> Any:
-        if self._cells is None and tf.executing_eagerly():
+        if self._here.call is None and tf.executing_eagerly():
             return variable.numpy().item()
         return self.read(variable)
 
-    def count(self, variable: Any) -> Any:
-        counts, self._counts = self._counts, {}
-        found = counts.get(id(variable))
-        return self.value(variable) if found is None else found
-
     def assign(self, variable: Any, value: Any) -> None:
-        self._counts = {}
-        if self._cells is None and _in_graph_of_1() and not tf.is_symbolic_tensor(value):
+        self._here.counts = None
+        if self._here.call is None and _in_graph_of_1() and not tf.is_symbolic_tensor(value):
             is_variable = isinstance(value, tf.Variable)
             self._assign_in_session(variable, self.numpy(value) if is_variable else value)
             return
         if isinstance(value, tf.Variable):
             value = self.read(value)
-        if self._cells is None:
+        if self._here.call is None:
             self.check_run()
         self.write(variable, value)
 
@@ -374,23 +367,38 @@ class TensorFlow(Functional):
 
     def run(self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
         if self._strategy is not None:
-            self._counts = self._run_on_replicas(step, selection, gradients, rate, fixed)
+            run = self._run_on_replicas
         elif tf.executing_eagerly():
-            self._counts = self._run_eagerly(step, selection, gradients, rate, fixed)
+            run = self._run_eagerly
         elif _is_ordered():
-            self._counts = self._run_here(step, selection, gradients, rate, fixed)
+            run = self._run_here
         else:
-            self._counts = self._run_as_operation(step, selection, gradients, rate, fixed)
+            run = self._run_as_operation
+        self._here.counts = run(step, selection, gradients, rate, fixed)
 
     def _run_here(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self,
+        step: Step,
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        fixed: Any,
+        how: str = "",
+        *,
+        has_turn: bool = False,
     ) -> dict[int, Any]:
         """A step where the call is, on tensors that may be symbolic; the counters after it."""
-        cells: dict[int, tuple[Any, Any]] = {}
-        self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
-        changed = [cell for key, cell in cells.items() if key in self._stored]
+        cells: Cells = {}
+        stored = self.inline(
+            lambda: step(selection, gradients, rate, fixed),
+            selection,
+            cells,
+            how,
+            has_turn=has_turn,
+        )
+        changed = [cell for key, cell in cells.items() if key in stored]
         # If computing a gradient is an error, nothing is to be stored, the count neither.
-        is_checked = self._is_tracing or tf.executing_eagerly()
+        is_checked = how or tf.executing_eagerly()
         with nullcontext() if is_checked else tf.control_dependencies(gradients):
             for variable, value in changed:
                 self.store(variable, value)
@@ -454,14 +462,16 @@ class TensorFlow(Functional):
         """The same without a function: read when the gradients are there, write when all is
         computed, and only then count.
         """
-        cells: dict[int, tuple[Any, Any]] = {}
+        cells: Cells = {}
         token = _spelled_out.set(True)
         try:
             with tf.control_dependencies(gradients):
-                self.inline(lambda: step(selection, gradients, rate, fixed), selection, cells)
+                stored = self.inline(
+                    lambda: step(selection, gradients, rate, fixed), selection, cells
+                )
         finally:
             _spelled_out.reset(token)
-        changed = [cell for key, cell in cells.items() if key in self._stored]
+        changed = [cell for key, cell in cells.items() if key in stored]
         with tf.control_dependencies([value for _, value in changed]):
             stores = [self.store(variable, value) for variable, value in changed]
         with tf.control_dependencies(stores):
@@ -484,8 +494,8 @@ class TensorFlow(Functional):
     def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
         if not tf.is_symbolic_tensor(condition):
             (yes if condition else no)()
-        elif self._is_in_parts:
-            self._flush()
+        elif self.how == _IN_PARTS:
+            self._flush_cells()
             tf.cond(condition, self._flushing(yes), self._flushing(no))
         else:
             super().branch(condition, yes, no)
@@ -493,19 +503,15 @@ class TensorFlow(Functional):
     def _flushing(self, action: Callable[[], None]) -> Callable[[], Any]:
         def act() -> Any:
             action()
-            self._flush()
+            self._flush_cells()
             return tf.constant(0)
 
         return act
 
-    def _flush(self) -> None:
-        """Store what is in cells, and forget it: what comes now reads the variables."""
-        assert self._cells is not None
-        for key, (variable, value) in self._cells.items():
-            if key in self._stored:
-                self.store(variable, value)
-        self._cells.clear()
-        self._stored.clear()
+    def _flush_cells(self) -> None:
+        call = self._here.call
+        assert call is not None
+        self._flush(call)
 
     def sweep(
         self,
@@ -517,10 +523,10 @@ class TensorFlow(Functional):
         rule_c: Sequence[Any],
         pass_c: Sequence[Any],
     ) -> None:
-        if not self._is_in_parts:
+        if self.how != _IN_PARTS:
             super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
             return
-        self._flush()
+        self._flush_cells()
         entries = selection.entries if kind.gradient else selection.rest
         for part in _parts(entries):
             chosen = tuple(entries[i] for i in part)
@@ -539,14 +545,14 @@ class TensorFlow(Functional):
             token = _by_xla.set(True)
             try:
                 Functional.sweep(self, *arguments)
-                self._flush()
+                self._flush_cells()
             finally:
                 _by_xla.reset(token)
 
         tf.function(omniadam_part, autograph=False, jit_compile=True)()
 
     def update_each(self, *args: Any) -> None:
-        if self._is_tracing:
+        if self.how:
             raise NotOurs
         super().update_each(*args)
 
@@ -652,16 +658,18 @@ class Program:
         entries = (*selection.entries, *selection.rest)
         on_host = all("CPU" in entry.variable.device for entry in entries)
         self._is_large = len(_parts(entries)) > 1 and on_host
-        self._is_proven = self._is_traceable = True
-        self._compile(numbers_are_given=not all(isinstance(x, float) for x in self._numbers))
+        self._is_proven = False
+        self._compiled = self._compile(
+            numbers_are_given=not all(isinstance(x, float) for x in self._numbers)
+        )
 
-    def _compile(self, *, numbers_are_given: bool) -> None:
+    def _compile(self, *, numbers_are_given: bool) -> _Compiled | None:
+        """What runs a step; None if it cannot be traced."""
         backend, n = self._backend, len(self._selection.entries)
         has_rate = len(self._signature) > n
         signature = list(self._signature)
         if numbers_are_given:
             signature += [tf.TensorSpec((), tf.float64)] * len(self._numbers)
-        self._numbers_are_given = numbers_are_given
         is_whole = self._is_jit and not self._is_large
         keys: list[int] = []
 
@@ -670,12 +678,17 @@ class Program:
             numbers = tensors[n + has_rate :] if numbers_are_given else self._numbers
             fixed = self._fixed._replace(numbers=numbers)
             token = _by_xla.set(is_whole)
-            backend._is_tracing, backend._is_in_parts = True, self._is_jit and self._is_large
             try:
-                counts = backend._run_here(self._step, self._selection, gradients, rate, fixed)
+                counts = backend._run_here(
+                    self._step,
+                    self._selection,
+                    gradients,
+                    rate,
+                    fixed,
+                    _IN_PARTS if self._is_jit and self._is_large else _WHOLE,
+                )
             finally:
                 _by_xla.reset(token)
-                backend._is_tracing = backend._is_in_parts = False
             keys[:] = counts
             return list(counts.values())
 
@@ -688,37 +701,48 @@ class Program:
         try:
             concrete = function.get_concrete_function()
         except _UNTRACEABLE:
-            self._is_traceable = False
-            return
-        self._keys, self._call = keys, _caller(concrete)
-        self._function = function  # keeps what is called alive
-        self._is_proven = False
+            return None
+        return _Compiled(keys, _caller(concrete), numbers_are_given, function)
 
     def __call__(self, gradients: list[Any], rate: Any, numbers: Any) -> dict[int, Any]:
-        if not self._numbers_are_given and numbers != self._numbers:
+        # One look, as other threads may compile another one. Nobody waits while it is traced.
+        compiled = self._compiled
+        if compiled and not compiled.numbers_are_given and numbers != self._numbers:
             # Of a callable that returns something else each time: no constant of the program.
-            self._compile(numbers_are_given=True)
-        if not self._is_traceable:
+            compiled = self._compiled = self._compile(numbers_are_given=True)
+        if compiled is None:
             fixed = self._fixed._replace(numbers=numbers)
-            return self._backend._run_here(self._step, self._selection, gradients, rate, fixed)
+            with self._backend.turn:
+                return self._backend._run_here(
+                    self._step, self._selection, gradients, rate, fixed, has_turn=True
+                )
         tensors = list(gradients)
         if rate is not None:
             tensors.append(_cast(rate, tf.float64))
-        if self._numbers_are_given:
+        if compiled.numbers_are_given:
             tensors += [_cast(x, tf.float64) for x in numbers]
-        if self._is_proven:
-            return dict(zip(self._keys, self._call(tensors), strict=True))
+        if self._is_proven or not self._is_jit:
+            return self._run(compiled, tensors)
         try:
-            counts = self._call(tensors)
+            counts = self._run(compiled, tensors)
         except tf.errors.OpError:
-            if not self._is_jit:
-                raise
             # XLA compiles before anything runs: nothing has been changed.
             self._is_jit = False
-            self._compile(numbers_are_given=self._numbers_are_given)
-            counts = self._call(tensors)
+            self._compiled = self._compile(numbers_are_given=compiled.numbers_are_given)
+            return self(gradients, rate, numbers)
         self._is_proven = True
-        return dict(zip(self._keys, counts, strict=True))
+        return counts
+
+    def _run(self, compiled: _Compiled, tensors: list[Any]) -> dict[int, Any]:
+        with self._backend.turn:
+            return dict(zip(compiled.keys, compiled.call(tensors), strict=True))
+
+
+class _Compiled(NamedTuple):
+    keys: list[int]  # of the counters that it returns
+    call: Callable[[list[Any]], Any]
+    numbers_are_given: bool
+    function: Any  # keeps what is called alive
 
 
 # XLA splits each of its loops over the threads and waits for all of them, 500 times a step of
