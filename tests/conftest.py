@@ -16,6 +16,7 @@ import pytest
 LIBRARIES = (
     "accelerate",
     "autograd",
+    "expecttest",
     "flax",
     "h5py",
     "jax",
