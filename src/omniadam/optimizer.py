@@ -81,6 +81,27 @@ class Optimizer(_Base):
         "loss_scale_factor",
         "gradient_accumulation_steps",
     )
+    # What subclasses of Keras's optimizers may override, and nobody calls here.
+    _never_called: ClassVar[frozenset[str]] = frozenset(
+        (
+            "_apply_weight_decay",
+            "_backend_apply_gradients",
+            "_backend_increment_gradient_accumulators",
+            "_backend_reset_gradient_accumulators",
+            "_backend_update_step",
+            "_clip_by_norm",
+            "_clip_gradients",
+            "_filter_empty_gradients",
+            "_get_current_learning_rate",
+            "_overwrite_model_variables_with_average_value",
+            "_overwrite_variable_with_gradient",
+            "_overwrite_variables_directly_with_gradients",
+            "_update_model_variables_moving_average",
+            "_use_weight_decay",
+            "iterations",
+            "learning_rate",
+        )
+    )
     # The older generations clip in another order, and in more than one way at once.
     _exclusive_clips: ClassVar[tuple[str, ...]] = options.CLIPS
     _value_first: ClassVar[bool] = False
@@ -103,6 +124,13 @@ class Optimizer(_Base):
         name: str | None = None,
     ) -> None:
         introduce(Optimizer)
+        options.check_overrides(
+            type(self),
+            Optimizer,
+            self._never_called,
+            "Override `apply`, which every step goes through, or `update_step`, which is the rule; "
+            "a schedule or a callable is a learning rate of one's own.",
+        )
         self.built = False
         self._building = threading.RLock()
         self._backend: Backend | None = None
@@ -613,7 +641,10 @@ class Optimizer(_Base):
             ) from error
         if not grads:
             raise ValueError("No gradients provided for any variable: `grads_and_vars` is empty.")
-        self._apply(grads, variables)
+        if type(self).apply is Optimizer.apply:
+            self._apply(grads, variables)
+        else:
+            self.apply(grads, variables)
         assert self._backend is not None
         return self._backend.count(self._iteration)
 

@@ -47,6 +47,22 @@ class Option:
         instance._settings_changed(name)
 
 
+def check_overrides(kind: type, base: type, never_called: frozenset[str], instead: str) -> None:
+    """Refuse a subclass that overrides what its original calls, and nobody calls here: it would
+    make another step without a word.
+    """
+    kind = getattr(kind, "_untracked", kind)
+    if kind is base:
+        return
+    for each in kind.__mro__:
+        if each not in base.__mro__ and (names := never_called.intersection(vars(each))):
+            raise TypeError(
+                f"{each.__name__} overrides {', '.join(f'`{name}`' for name in sorted(names))}, "
+                f"which {base.__name__} of {base.__module__} never calls: a step is made as a "
+                f"whole. {instead}"
+            )
+
+
 def number(must: str, accepts: Callable[[float], bool], *, optional: bool = False) -> Check:
     """A real number, converted to float: `must` says in words what `accepts` demands."""
     also = ", or None" if optional else ""

@@ -82,7 +82,15 @@ class Adam(Older):
         )
         self.updates: list[Any] = []
 
+    @property
+    def _has_own_gradients(self) -> bool:
+        """Whether a subclass overrides `get_gradients`: a step applies what that returns."""
+        return type(self).get_gradients is not Adam.get_gradients
+
     def _clipping(self, clips: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {} if self._has_own_gradients else self._thresholds(clips)
+
+    def _thresholds(self, clips: Mapping[str, Any]) -> Mapping[str, Any]:
         return {
             "global_clipnorm": clips.get("clipnorm") or None,
             "clipvalue": clips.get("clipvalue") or None,
@@ -109,7 +117,9 @@ class Adam(Older):
             ValueError: if one cannot be computed.
         """
         variables = _as_list(params)
-        return self._engine.clipped(self._get_gradients(loss, variables), variables)
+        return self._engine.clipped(
+            self._get_gradients(loss, variables), variables, self._thresholds(self._clips)
+        )
 
     def get_updates(
         self,
@@ -156,7 +166,8 @@ class Adam(Older):
         def step() -> Any:
             # Another call may have given the same variables other constraints since.
             self._engine.constrain(variables, held)
-            gradients = self._get_gradients(loss, variables)
+            own = self._has_own_gradients
+            gradients = (self.get_gradients if own else self._get_gradients)(loss, variables)
             return self._apply(list(zip(gradients, variables, strict=True)), None)
 
         self.updates = self._updates(step, variables)

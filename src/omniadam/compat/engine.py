@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -196,14 +196,19 @@ class Engine(Adam):
 
     # --- gradients as a step applies them ---
 
-    def clipped(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """What a step makes of gradients before Adam; no state is needed or created."""
-        kind = (self._passes or self._make_passes())[0]
+    def clipped(
+        self, gradients: Sequence[Any], variables: Sequence[Any], clips: Mapping[str, Any]
+    ) -> list[Any]:
+        """What a step with these thresholds makes of gradients before Adam; no state is needed or
+        created.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__ = {**self.__dict__, **clips}
+        kind = twin._make_passes()[0]
         if not (kind.clipped_by_factor or kind.clipped_by_value):
             return list(gradients)
         backend, entries = self._described(list(variables))
-        twin = object.__new__(type(self))
-        twin.__dict__ = {**self.__dict__, "_backend": backend}
+        twin._backend = backend
         selection = Selection(entries, ())
         dense = [g.to_dense() if hasattr(g, "to_dense") else g for g in gradients]
         gathered = backend.gather(

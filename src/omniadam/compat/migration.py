@@ -107,6 +107,8 @@ def _of_older(optimizer: Older) -> Adam:
     engine = optimizer._engine
     if engine.constraints:
         raise _no_equivalent("`constraints`", "Apply them to the variables after each step.")
+    if isinstance(optimizer, contrib_keras.Adam) and optimizer._has_own_gradients:
+        raise _no_equivalent("`get_gradients` of your own", "Apply the gradients it returns.")
     if optimizer._extra:
         names = sorted({name for name, _ in optimizer._extra})
         raise _no_equivalent(f"`add_slot` of {names}", "Keep those values yourself.")

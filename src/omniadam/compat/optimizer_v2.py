@@ -23,6 +23,45 @@ from .older import Clip, Hyperparameter, Older, _listed, _name_of, as_it_is
 _KWARGS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
 
+# What subclasses of TensorFlow's optimizer may override, and nobody calls here.
+_NEVER_CALLED = frozenset(
+    (
+        "_aggregate_gradients",
+        "_apply_dense",
+        "_apply_sparse",
+        "_assert_valid_dtypes",
+        "_call_if_callable",
+        "_clip_gradients",
+        "_compute_gradients",
+        "_create_all_weights",
+        "_create_hypers",
+        "_create_slots",
+        "_decayed_lr",
+        "_dense_apply_args",
+        "_distributed_apply",
+        "_fallback_apply_state",
+        "_get_gradients",
+        "_get_hyper",
+        "_prepare",
+        "_prepare_local",
+        "_resource_apply_dense",
+        "_resource_apply_sparse",
+        "_resource_apply_sparse_duplicate_indices",
+        "_resource_scatter_add",
+        "_resource_scatter_update",
+        "_restore_slot_variable",
+        "_set_hyper",
+        "_sparse_apply_args",
+        "_transform_gradients",
+        "_transform_loss",
+        "_transform_unaggregated_gradients",
+        "_valid_dtypes",
+        "add_slot",
+        "get_slot",
+    )
+)
+
+
 class VariableSynchronization(Enum):
     """When the replicas of a distributed variable are brought together; TensorFlow's words."""
 
@@ -99,6 +138,13 @@ class Adam(Older):
         name: str = "Adam",
         **kwargs: Any,
     ) -> None:
+        options.check_overrides(
+            type(self),
+            Adam,
+            _NEVER_CALLED,
+            "Override `apply_gradients`, which every step goes through, or write a rule of your "
+            "own as the `update_step` of an omniadam.Optimizer.",
+        )
         for key, value in kwargs.items():
             if key not in _KWARGS:
                 raise TypeError(
