@@ -19,9 +19,21 @@ def subclass(base: type, name: str, value: Any = lambda self, *arguments: None) 
 
 @pytest.mark.parametrize(
     "name",
-    ["_resource_apply_dense", "_resource_apply_sparse", "_get_hyper", "_set_hyper", "_prepare"]
-    + ["_prepare_local", "_create_slots", "_decayed_lr", "_compute_gradients", "add_slot"]
-    + ["_transform_gradients", "_aggregate_gradients", "_create_hypers"],
+    [
+        "_resource_apply_dense",
+        "_resource_apply_sparse",
+        "_get_hyper",
+        "_set_hyper",
+        "_prepare",
+        "_prepare_local",
+        "_create_slots",
+        "_decayed_lr",
+        "_compute_gradients",
+        "add_slot",
+        "_transform_gradients",
+        "_aggregate_gradients",
+        "_create_hypers",
+    ],
 )
 @pytest.mark.parametrize("form", ["subclass", "its subclass", "mixin"])
 def test_hooks_of_tensorflow_2_0_are_refused(name: str, form: str) -> None:
@@ -36,8 +48,15 @@ def test_hooks_of_tensorflow_2_0_are_refused(name: str, form: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["_backend_apply_gradients", "_backend_update_step", "_clip_gradients", "_apply_weight_decay"]
-    + ["_get_current_learning_rate", "learning_rate", "iterations"],
+    [
+        "_backend_apply_gradients",
+        "_backend_update_step",
+        "_clip_gradients",
+        "_apply_weight_decay",
+        "_get_current_learning_rate",
+        "learning_rate",
+        "iterations",
+    ],
 )
 @pytest.mark.parametrize("kind", [Adam, AdamW, Optimizer])
 def test_hooks_of_keras_3_are_refused(name: str, kind: type) -> None:

@@ -249,16 +249,19 @@ class Optimizer(_Base):
         return self._read(self._iteration)
 
     def _read(self, scalar: Any) -> Any:
-        return scalar.item() if self._backend is None else self._backend.value(scalar)
+        # A counter may be of a library before that is known to be the variables'.
+        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
 
     def _array(self, variable: Any) -> Any:
         return variable if self._backend is None else self._backend.array(variable)
 
     def _assign(self, variable: Any, value: Any) -> None:
-        if self._backend is None:
-            variable[...] = value
-        else:
-            self._backend.assign(variable, value)
+        backend = self._backend
+        if backend is None:
+            kind = backend_of(variable)
+            assert kind is not None
+            backend = kind.over([variable])
+        backend.assign(variable, value)
 
     # --- building ---
 
@@ -432,12 +435,17 @@ class Optimizer(_Base):
     def _moved(self, value: Any) -> Any:
         """A counter that was made before the library was known, as that library's variable."""
         assert self._backend is not None
-        moved = self._backend.create(value)
-        if value is self._iteration:
-            self._iteration = moved
-        elif value is self._learning_rate:
-            self._learning_rate = moved
+        backend = self._backend
+        moved = value if backend.has(value) else backend.create(_host(value))
+        self._replace_counter(value, moved)
         return moved
+
+    def _replace_counter(self, value: Any, by: Any) -> None:
+        if value is self._iteration:
+            self._iteration = by
+        elif value is self._learning_rate:
+            self._learning_rate = by
+        self._state = [(name, by if each is value else each) for name, each in self._state]
 
     def add_variable(
         self,
@@ -844,6 +852,8 @@ class Optimizer(_Base):
             update()
         if self.use_ema and selection.rest:
             backend.sweep(average, rule, selection, gradients, (), _NO_RULE_C, pass_c)
+        if selection.constrained:
+            backend.constrain_within(selection.constrained)
         if not self._is_fused:
             calls = backend.value(self._iteration)  # others may have made steps meanwhile
         backend.assign(self._iteration, calls + 1)
@@ -1179,7 +1189,8 @@ class Optimizer(_Base):
 
     def _saved(self) -> dict[str, Array]:
         """Copies of the state by name, and of what still waits for the variables it is for."""
-        read = np.array if self._backend is None else self._backend.numpy
+        # Before there are variables, a checkpoint may have brought counters of TensorFlow's.
+        read = _copied if self._backend is None else self._backend.numpy
         saved = {name: read(value) for name, value in self._state}
         if self._restored is not None:
             for name, value in self._restored.state.items():
@@ -1349,6 +1360,11 @@ class Optimizer(_Base):
         What is unpickled or copied takes up the variables of its next `build` or step, which must
         have the same names and shapes in the same order.
         """
+        if not self.built and getattr(self, "_deferred_dependencies", None):
+            raise ValueError(
+                "A checkpoint of TensorFlow was restored into this optimizer, and its moments wait "
+                "for the variables. Build it, or make a step, before it is copied or pickled."
+            )
         # Without what TensorFlow notes on an object that it tracks.
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("_self_")}
         del state["_building"]
@@ -1478,6 +1494,10 @@ def _host(value: Any) -> Array:
     """A value of any library as a NumPy array."""
     backend = backend_of(value)
     return np.asarray(value) if backend is None else backend.over([value]).numpy(value)
+
+
+def _copied(value: Any) -> Array:
+    return np.array(_host(value))
 
 
 def _is_schedule(value: Any) -> bool:

@@ -6,6 +6,7 @@ No library is imported before one of its variables is seen.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -68,10 +69,21 @@ def functions_of(value: Any) -> Any:
     return backend.elementwise
 
 
+def of_tensorflow(module: str, package: str) -> Any:
+    """A module of ours that is only for TensorFlow; None where that is not imported, or is broken:
+    who uses it is told when a variable of it comes.
+    """
+    with suppress(Exception):
+        if isinstance(sys.modules["tensorflow"].Variable, type):
+            return import_module(module, package)
+    return None
+
+
 def introduce(kind: type) -> None:
     """Let a library that is there know a class of optimizers, as TensorFlow does to save them."""
-    if hasattr(sys.modules.get("tensorflow"), "Variable"):
-        import_module(".tensorflow", __name__).introduce(kind)
+    if (tensorflow := of_tensorflow(".tensorflow", __name__)) is not None:
+        with suppress(Exception):
+            tensorflow.introduce(kind)
 
 
-__all__ = ["Backend", "backend_of", "functions_of", "introduce", "supported"]
+__all__ = ["Backend", "backend_of", "functions_of", "introduce", "of_tensorflow", "supported"]

@@ -37,6 +37,8 @@ class Entry:
     average: Any = None
     # Of a Keras variable: whether its gradient is its new value.
     replaced: bool = False
+    # A function of its new value that it is set to at the end of each step.
+    constraint: Callable[[Any], Any] | None = None
     # What the user knows the variable by: the variable itself, or what it was taken out of.
     key: Any = None
 
@@ -81,6 +83,10 @@ class Selection:
     rest: tuple[Entry, ...]
     # What the backend prepared for these entries.
     prepared: dict[Any, Any] = field(default_factory=dict)
+    constrained: tuple[Entry, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.constrained = tuple(e for e in self.entries if e.constraint is not None)
 
 
 class Backend(ABC):
@@ -148,6 +154,10 @@ class Backend(ABC):
     @abstractmethod
     def rate(self, value: Any) -> Any:
         """A learning rate that a schedule or callable returned, checked as far as it is known."""
+
+    def has(self, variable: Any) -> bool:
+        """Whether it is a state variable that `create` could have made."""
+        return False
 
     @abstractmethod
     def numpy(self, variable: Any) -> npt.NDArray[Any]:
@@ -239,7 +249,19 @@ class Backend(ABC):
         raise NotImplementedError
 
     def constrain(self, entries: Sequence[Entry]) -> None:
-        """Apply the constraints that variables have."""
+        """Apply the constraints that Keras variables have, after a step."""
+
+    def constrain_within(self, entries: Sequence[Entry]) -> None:
+        """Apply the constraints of these entries, within a step."""
+        for entry in entries:
+            assert entry.constraint is not None
+            value = entry.constraint(self.present(entry.variable))
+            check_constrained(value, entry)
+            self.assign(entry.variable, value)
+
+    def present(self, variable: Any) -> Any:
+        """The value at this point of a step, to compute with."""
+        return self.array(variable)
 
     @abstractmethod
     def square_sums(
@@ -289,6 +311,27 @@ class Backend(ABC):
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
     ) -> list[Any]:
         """Gradients of `scale(loss)` by the library's own differentiation."""
+
+
+def check_constrained(value: Any, entry: Entry) -> None:
+    """Raise an error if a constraint returned what its variable cannot be set to."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    shape = np.shape(value) if shape is None else shape
+    # A shape of TensorFlow may be known in part, or not at all: it is then checked as it runs.
+    fits = getattr(shape, "rank", 0) is None or (
+        len(shape) == len(entry.shape)
+        and all(a in (None, b) for a, b in zip(shape, entry.shape, strict=True))
+    )
+    if isinstance(value, (np.ndarray, np.generic)) or dtype is None:
+        is_typed = np.asarray(value).dtype.kind in "fiuV"  # which libraries convert
+    else:
+        is_typed = str(getattr(dtype, "name", dtype)).removeprefix("torch.") == entry.dtype
+    if not fits or not is_typed:
+        raise ValueError(
+            f"The constraint of variable '{entry.name}' must return its shape, {entry.shape}, and "
+            f"its dtype, {entry.dtype}. Received: {received(value)} of shape {shape} and dtype "
+            f"{getattr(dtype, 'name', dtype)}."
+        )
 
 
 def takes_arguments(loss: Callable[..., Any]) -> bool:

@@ -98,6 +98,9 @@ class Functional(Backend):
     def value(self, variable: Any) -> Any:
         return self.read(variable)
 
+    def present(self, variable: Any) -> Any:
+        return self.read(variable)
+
     def assign(self, variable: Any, value: Any) -> None:
         self.write(variable, value)
 

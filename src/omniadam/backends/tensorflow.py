@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from itertools import count
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -185,7 +186,7 @@ class TensorFlow(Functional):
                 f"{what} and the first variable must be of one tf.distribute.Strategy, or of none. "
                 "Create all of them under strategy.scope()."
             )
-        return Entry(variable, name, tuple(variable.shape), dtype)
+        return Entry(variable, name, tuple(variable.shape), dtype, constraint=variable.constraint)
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
         seen: dict[int, Entry] = {}
@@ -217,6 +218,10 @@ class TensorFlow(Functional):
 
     def untraced(self) -> Any:
         return tf.init_scope()
+
+    def has(self, variable: Any) -> bool:
+        is_distributed = _is_distributed(variable)
+        return isinstance(variable, tf.Variable) and is_distributed == (self._strategy is not None)
 
     def _new(self, value: Callable[[], Any], dtype: str, near: Any, **arguments: Any) -> Any:
         if tf.inside_function() and not _is_ordered():
@@ -310,6 +315,9 @@ class TensorFlow(Functional):
         if _is_distributed(gradient):  # of each replica, given outside of them
             assert self._strategy is not None
             gradient = self._strategy.reduce(tf.distribute.ReduceOp.SUM, gradient, axis=None)
+        if isinstance(gradient, tf.IndexedSlices):
+            values, indices = gradient.values, gradient.indices
+            gradient = tf.IndexedSlices(_tensor(values), _tensor(indices), gradient.dense_shape)
         if isinstance(gradient, (tf.Variable, np.ndarray, np.generic)):
             if getattr(gradient.dtype, "kind", "f") in "OSUM":
                 raise TypeError(
@@ -407,6 +415,10 @@ class TensorFlow(Functional):
     def _run_eagerly(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
     ) -> dict[int, Any]:
+        if selection.constrained:
+            # Functions of the user's, which are called at each step and see what is then so.
+            with self.turn:
+                return self._run_here(step, selection, gradients, rate, fixed, has_turn=True)
         version, rule, numbers = fixed
         programs = selection.prepared.setdefault("programs", {})
         key = version, rule, rate is None, *(g.dtype for g in gradients)
@@ -792,7 +804,8 @@ class Known:
         )
 
 
-_EagerTensor: Any = type(tf.zeros(()))
+# A tensor made here to ask for its type would start TensorFlow, which is then configured for good.
+_EagerTensor: Any = getattr(tf.__internal__, "EagerTensor", tf.Tensor)
 _shape_of: Callable[[Any], Any] = getattr(
     _EagerTensor, "_shape_tuple", lambda tensor: tuple(tensor.shape)
 )
@@ -842,9 +855,24 @@ def _session(variable: Any) -> Any:
     return session
 
 
+def _tensor(value: Any) -> Any:
+    """Values or indices of `tf.IndexedSlices`, which may be anything that holds numbers."""
+    if _is_tensor(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        value = np.asarray(value)
+    return tf.convert_to_tensor(value)
+
+
 def _sum_of_slices(slices: Any, entry: Entry, who: str, expected: str) -> Any:
     """`tf.IndexedSlices` as a dense gradient, the rows of each index summed."""
     values, indices = slices.values, slices.indices
+    if not indices.dtype.is_integer:
+        raise TypeError(
+            f"{who} must have integers as indices. Received dtype {indices.dtype.name}. {expected}"
+        )
+    if indices.dtype not in (tf.int32, tf.int64):
+        indices = tf.cast(indices, tf.int64)
     form = f"values of shape {values.shape} and indices of shape {indices.shape}"
     fits = (
         entry.shape != ()
@@ -941,19 +969,48 @@ class Tracked(tf.__internal__.tracking.Trackable):  # type: ignore[misc]
         return children | state
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
+        self._make_counter(name)
         found = self._tracked_state().get(name)
         return super()._lookup_dependency(name, cached_dependencies) if found is None else found
+
+    def _make_counter(self, name: str) -> None:
+        """Have a counter that a checkpoint looks for, of an optimizer that is not built, so that
+        it can be read and set before there are other variables.
+        """
+        optimizer: Any = self
+        value = None if optimizer.built else optimizer.named_variables().get(name)
+        if isinstance(value, np.ndarray) and tf.executing_eagerly():
+            optimizer._replace_counter(value, TensorFlow().create(value))
 
     def _tracked_state(self) -> dict[str, Any]:
         optimizer: Any = self
         tracked = tf.__internal__.tracking.Trackable
-        state = optimizer.named_variables() if optimizer.built else {}
-        return {name: v for name, v in state.items() if isinstance(v, tracked)}
+        return {n: v for n, v in optimizer.named_variables().items() if isinstance(v, tracked)}
+
+
+@cache
+def _is_found() -> bool:
+    """Whether a checkpoint finds the state of an object by the names, some of them private, that
+    `Tracked` has; else it would be left out without a word.
+    """
+    trackable: Any = tf.__internal__.tracking.Trackable
+    child = trackable()
+
+    class Decoy(trackable):  # type: ignore[misc]
+        def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return {"state": child}
+
+    decoy = Decoy()
+    names = ("_lookup_dependency", "_handle_deferred_dependencies")
+    children = tf.train.TrackableView(decoy).children(decoy)
+    return children.get("state") is child and all(hasattr(decoy, name) for name in names)
 
 
 def introduce(kind: type) -> None:
-    """Make a class one that `tf.train.Checkpoint` takes, which asks for a base of its own."""
-    if Tracked not in kind.__bases__:
+    """Make a class one that `tf.train.Checkpoint` takes, which asks for a base of its own, and
+    says so where that is not there.
+    """
+    if Tracked not in kind.__bases__ and _is_found():
         kind.__bases__ = (*kind.__bases__, Tracked)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,9 +11,9 @@ import numpy as np
 from .. import options
 from ..adam import Adam
 from ..backends import backend_of
-from ..backends.base import Backend, Entry, Selection
+from ..backends.base import Backend, Entry, Selection, check_constrained
 from ..backends.functional import Functional
-from ..optimizer import _host
+from ..backends.host import HostMemory
 from ..options import Option
 from ..rule import RuleKey, clip_factor_joint, decayed_rate, make_element, make_gradient
 
@@ -84,23 +85,30 @@ class Engine(Adam):
         kept = {key: value for key, value in self.constraints.items() if key not in others}
         if self.constraints != kept | constraints:
             self.constraints = kept | constraints
+            for entry in self._entries:
+                entry.constraint = self.constraints.get(id(entry.key), self._own(entry))
             self._version += 1  # what was compiled has the former ones
+            self._forget()
+
+    def _own(self, entry: Entry) -> Callable[[Any], Any] | None:
+        """The constraint that a variable of TensorFlow came with."""
+        assert self._backend is not None
+        return self._backend.describe(entry.key, entry.name).constraint
 
     def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
+        if selection.constrained and isinstance(self._backend, HostMemory):
+            self._try_constraints(selection)
         super()._advance(selection, gradients, rate, fixed)
+
+    def _try_constraints(self, selection: Selection) -> None:
+        """Where a step is made in place: an error is raised before the first."""
         backend = self._backend
         assert backend is not None
-        # TensorFlow's variables may have constraints of their own; Keras's the backend sees to.
-        on_tensorflow = backend.name == "tensorflow"
-        for entry in selection.entries if self.constraints or on_tensorflow else ():
-            constraint = self.constraints.get(id(entry.key))
-            if constraint is None and on_tensorflow:
-                constraint = entry.key.constraint
-            if constraint is not None:
-                read = backend.read if isinstance(backend, Functional) else backend.array
-                value = constraint(read(entry.variable))
-                _check_constrained(value, entry)
-                backend.assign(entry.variable, value)
+        for entry in () if "tried" in selection.prepared else selection.constrained:
+            assert entry.constraint is not None
+            value = copy.deepcopy(backend.array(entry.variable))
+            check_constrained(entry.constraint(value), entry)
+        selection.prepared["tried"] = True
 
     # --- variables that come later ---
 
@@ -183,15 +191,9 @@ class Engine(Adam):
         self._iteration = variable
         self._state[0] = ("iteration", variable)
 
-    def _read(self, scalar: Any) -> Any:
-        # A counter of the user's may be of a library before that is known to be the variables'.
-        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
-
     def _moved(self, value: Any) -> Any:
-        if value is self._iteration:
-            if isinstance(self._backend, backend_of(value) or ()):
-                return value  # the user's own, or seen by the user
-            self._iteration = value = np.asarray(_host(value))
+        if value is self._iteration and isinstance(self._backend, backend_of(value) or ()):
+            return value  # the user's own, or seen by the user
         return super()._moved(value)
 
     # --- gradients as a step applies them ---
@@ -244,17 +246,3 @@ class JointlyClipped(Engine):
     _exclusive_clips: ClassVar[tuple[str, ...]] = ()
     _value_first: ClassVar[bool] = False
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_joint)
-
-
-def _check_constrained(value: Any, entry: Entry) -> None:
-    shape = getattr(value, "shape", None)
-    shape = np.shape(value) if shape is None else shape
-    if getattr(shape, "rank", 0) is None:
-        return  # of TensorFlow, which checks as it runs
-    if len(shape) != len(entry.shape) or any(
-        a not in (None, b) for a, b in zip(shape, entry.shape, strict=True)
-    ):
-        raise ValueError(
-            f"The constraint of variable '{entry.name}' must return its shape, {entry.shape}. "
-            f"Received {tuple(shape)}."
-        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from inspect import isfunction
 from typing import Any, ClassVar, Self
 
@@ -12,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import options
-from ..backends import backend_of
+from ..backends import backend_of, of_tensorflow
 from ..backends.base import received
 from ..optimizer import _host, _initial, _is_schedule
 from .engine import CHECKS, Engine
@@ -442,9 +440,7 @@ as_it_is(Older)
 
 def _tensorflow() -> Any:
     """What is only for TensorFlow, if that is imported."""
-    if not hasattr(sys.modules.get("tensorflow"), "Variable"):
-        return None
-    return import_module(".tensorflow", __package__)
+    return of_tensorflow(".tensorflow", __package__)
 
 
 def _listed(weights: Any) -> list[Any]:

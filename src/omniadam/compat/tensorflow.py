@@ -9,7 +9,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from typing import Any
 
@@ -329,11 +329,17 @@ def _tracked(kind: type, base: type) -> type:
 def tracked(kind: type) -> type:
     """A class of optimizers as one that TensorFlow tracks, and `tf_keras` takes for its own."""
     kind = getattr(kind, "_untracked", kind)
+    return _tracked(kind, _base())
+
+
+def _base() -> Any:
     keras = sys.modules.get("tf_keras")
-    if keras is None and os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
-        keras = tf.keras
-    base = keras.optimizers.legacy.Optimizer if keras else tf.__internal__.tracking.Trackable
-    return _tracked(kind, base)
+    with suppress(Exception):  # a Keras that is broken, or not installed, has no models to take it
+        if keras is None and os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+            keras = tf.keras
+        if keras is not None:
+            return keras.optimizers.legacy.Optimizer
+    return tf.__internal__.tracking.Trackable
 
 
 def _new(kind: Any) -> Any:

@@ -1,0 +1,311 @@
+"""TensorFlow: constraints of variables, counters that a checkpoint brings, slices of any array."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+
+from omniadam import Adam, schedules  # noqa: E402
+from omniadam.backends import tensorflow as backend  # noqa: E402
+from omniadam.compat import contrib_keras, optimizer_v2  # noqa: E402
+
+v1 = tf.compat.v1
+G = np.array([1.0, -1.0, 1.0], np.float32)
+
+
+@pytest.fixture(autouse=True)
+def without_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes a second for each program."""
+    monkeypatch.setattr(backend.TensorFlow, "jit_compile", False)
+
+
+# --- constraints ---
+
+
+def within(w: Any) -> Any:
+    return tf.clip_by_value(w, 0.95, 1.02)
+
+
+def constrained(dtype: str = "float32", constraint: Any = within) -> Any:
+    return tf.Variable(tf.ones(3, dtype), constraint=constraint)
+
+
+def in_function(step: Callable[[], Any]) -> Callable[[], Any]:
+    return tf.function(lambda: (step(), tf.constant(1))[1])  # type: ignore[no-any-return]
+
+
+def by_xla(step: Callable[[], Any]) -> Callable[[], Any]:
+    return tf.function(lambda: (step(), tf.constant(1))[1], jit_compile=True)  # type: ignore[no-any-return]
+
+
+PLACES: dict[str, Any] = {"eager": lambda step: step, "function": in_function, "xla": by_xla}
+CONSTRAINED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped and decayed": {"global_clipnorm": 1.0, "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "averaged": {"use_ema": True, "ema_overwrite_frequency": 2},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_a_constraint_is_applied_after_each_step(name: str, place: str) -> None:
+    settings = CONSTRAINED[name]
+    w, free, opt, other = constrained(), tf.Variable(tf.ones(3)), Adam(0.1, **settings), None
+    other = Adam(0.1, **settings)
+    step = PLACES[place](lambda: opt.apply([tf.constant(G)], [w]))
+    for _ in range(3):
+        step()
+        other.apply([tf.constant(G)], [free])
+        free.assign(within(free))
+        np.testing.assert_allclose(w, free, rtol=1e-6)
+    assert w.numpy().tolist() == [np.float32(0.95), np.float32(1.02), np.float32(0.95)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_constraint_sees_the_variables_dtype(dtype: str) -> None:
+    seen = []
+    w = constrained(dtype, lambda w: (seen.append(w.dtype.name), within(w))[1])
+    Adam(0.1).apply([tf.constant(G)], [w])
+    np.testing.assert_allclose(w.numpy().astype(float), [0.95, 1.02, 0.95], atol=0.01)
+    assert set(seen) == {dtype}
+
+
+def test_a_constraint_is_applied_at_micro_steps_too() -> None:
+    """As in Keras, which applies them at each call."""
+    w, opt = constrained(), Adam(0.1, gradient_accumulation_steps=2)
+    w.assign([2.0, 2.0, 2.0])
+    opt.apply([tf.constant(G)], [w])
+    assert w.numpy().tolist() == [np.float32(1.02)] * 3
+    opt.apply([tf.constant(G)], [w])
+    np.testing.assert_allclose(w, [0.95, 1.02, 0.95], rtol=1e-6)
+
+
+def test_only_variables_with_a_gradient_are_constrained() -> None:
+    """As in Keras; and the others of the step are as they would be."""
+    w, other, opt = constrained(), constrained(), Adam(0.1)
+    opt.build([w, other])
+    other.assign([2.0, 2.0, 2.0])
+    opt.apply([tf.constant(G)], [w])
+    assert other.numpy().tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_constraint_that_changes_is_seen() -> None:
+    bound = [1.5]
+    w, opt = constrained(constraint=lambda w: tf.minimum(w, bound[0])), Adam(0.25)
+    for bound[0] in (1.2, 1.1, 0.9):
+        opt.apply([-tf.ones(3)], [w])
+        np.testing.assert_allclose(w, [bound[0]] * 3, rtol=1e-6)
+
+
+def test_a_constraint_of_numpy() -> None:
+    w = constrained(constraint=lambda w: np.clip(w.numpy(), 0.95, 1.02))
+    Adam(0.1).apply([tf.constant(G)], [w])
+    np.testing.assert_allclose(w, [0.95, 1.02, 0.95], rtol=1e-6)
+
+
+def test_a_constraint_in_stateless_apply() -> None:
+    w, opt = constrained(), Adam(0.1)
+    opt.build([w])
+    (new,), _ = opt.stateless_apply(opt.variables, [tf.constant(G)], [tf.ones(3)])
+    np.testing.assert_allclose(new, [0.95, 1.02, 0.95], rtol=1e-6)
+    assert w.numpy().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_constraint_in_a_graph() -> None:
+    with tf.Graph().as_default(), v1.Session() as session:
+        w = v1.get_variable("w", initializer=np.ones(3, "f"), constraint=within)
+        step = Adam(0.1).apply_gradients([(tf.constant(G), w)])
+        session.run(v1.global_variables_initializer())
+        session.run(step)
+        np.testing.assert_allclose(session.run(w), [0.95, 1.02, 0.95], rtol=1e-6)
+
+
+def test_a_constraint_on_replicas() -> None:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        w, opt = constrained(), Adam(0.1)
+    tf.function(lambda: strategy.run(lambda: opt.apply([tf.constant(G)], [w])))()
+    np.testing.assert_allclose(w, [0.95, 1.02, 0.95], rtol=1e-6)
+
+
+WRONG = {
+    "shape": lambda w: w[:2],
+    "scalar": tf.reduce_sum,
+    "dtype": lambda w: tf.cast(w, tf.float64),
+    "integers": lambda w: tf.cast(w, tf.int32),
+    "nothing": lambda w: None,
+    "text": lambda w: "w",
+}
+
+
+@pytest.mark.parametrize("place", ["eager", "function"])
+@pytest.mark.parametrize("kind", [Adam, optimizer_v2.Adam])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_no_constraint_may_return(wrong: str, kind: Any, place: str) -> None:
+    constraint: list[Any] = [within]
+    w, other, opt = constrained(constraint=lambda w: constraint[0](w)), constrained(), kind(0.1)
+    pairs = [(tf.constant(G), other), (tf.constant(G), w)]
+    opt.apply_gradients(pairs)
+    before = [w.numpy(), other.numpy(), *opt.get_weights()]
+    constraint[0] = WRONG[wrong]
+    with pytest.raises(ValueError, match="must return its shape"):
+        PLACES[place](lambda: opt.apply_gradients(pairs))()
+    for now, then in zip([w, other, *opt.get_weights()], before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_what_no_constraint_of_get_updates_may_return(library: str) -> None:
+    w: Any = np.ones(3)
+    if library == "torch":
+        w = pytest.importorskip("torch").ones(3, requires_grad=True)
+    opt = contrib_keras.Adam(0.1)
+    (update,) = opt.get_updates([w], {id(w): lambda w: w[:2]}, lambda w: (w * w).sum())
+    with pytest.raises(ValueError, match="must return its shape"):
+        update()
+    assert w.tolist() == [1.0, 1.0, 1.0]
+    assert not any(np.any(x) for x in opt.get_weights())
+
+
+# --- checkpoints ---
+
+
+def saved(path: Path, rate: Any = 0.1) -> str:
+    w, opt = tf.Variable(tf.ones(3)), Adam(rate)
+    for _ in range(3):
+        opt.apply([tf.constant(G)], [w])
+    return str(tf.train.Checkpoint(opt=opt, w=w).save(str(path / "c")))
+
+
+def test_counters_of_a_checkpoint_are_there_before_the_first_step(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    w, opt = tf.Variable(tf.ones(3)), Adam(0.5)
+    opt.learning_rate = 0.25  # and is overwritten
+    status = tf.train.Checkpoint(opt=opt, w=w).restore(path)
+    status.expect_partial()
+    assert opt.iterations == 3 and opt.learning_rate == 0.1
+    assert opt.get_config()["learning_rate"] == 0.1 and opt.get_weights()[0] == 3
+    opt.learning_rate = 0.01
+    assert opt.learning_rate == 0.01
+    opt.build([w])
+    status.assert_consumed()
+    assert opt.iterations == 3 and opt.learning_rate == 0.01
+    opt.apply([tf.constant(G)], [w])
+    assert opt.iterations == 4 and opt.learning_rate == 0.01
+    v, other = tf.Variable(tf.ones(3)), Adam(0.1)
+    for i in range(4):
+        other.learning_rate = 0.1 if i < 3 else 0.01
+        other.apply([tf.constant(G)], [v])
+    for one, two in zip([w, *opt.get_weights()], [v, *other.get_weights()], strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["number", "schedule"])
+@pytest.mark.parametrize("into", ["number", "schedule"])
+def test_schedules_and_checkpoints(of: str, into: str, tmp_path: Path) -> None:
+    rate = schedules.ExponentialDecay(0.1, 1, 0.5)
+    path = saved(tmp_path, rate if of == "schedule" else 0.1)
+    w, opt = tf.Variable(tf.ones(3)), Adam(rate if into == "schedule" else 0.5)
+    tf.train.Checkpoint(opt=opt, w=w).restore(path).expect_partial()
+    want = 0.1 * 0.5**3 if into == "schedule" else 0.1 if of == "number" else 0.5
+    assert opt.iterations == 3
+    np.testing.assert_allclose(opt.learning_rate, want, rtol=1e-12)
+    opt.apply([tf.constant(G)], [w])
+    assert opt.iterations == 4
+
+
+def test_restored_twice_and_saved_before_the_first_step(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    w, opt = tf.Variable(tf.ones(3)), Adam(0.5)
+    checkpoint = tf.train.Checkpoint(opt=opt, w=w)
+    checkpoint.restore(path).expect_partial()
+    opt.learning_rate = 0.2
+    checkpoint.restore(path).expect_partial()
+    assert opt.iterations == 3 and opt.learning_rate == 0.1
+
+
+def test_a_checkpoint_into_what_is_then_numpys(tmp_path: Path) -> None:
+    w, opt = np.ones(3, np.float32), Adam(0.5)
+    tf.train.Checkpoint(opt=opt).restore(saved(tmp_path)).expect_partial()
+    opt.apply([G], [w])
+    assert opt.iterations == 4 and opt.learning_rate == 0.1 and type(opt.iterations) is int
+
+
+@pytest.mark.parametrize("carried", [copy.deepcopy, pickle.dumps])
+def test_moments_that_wait_are_not_lost_in_a_copy(carried: Any, tmp_path: Path) -> None:
+    w, opt = tf.Variable(tf.ones(3)), Adam(0.5)
+    tf.train.Checkpoint(opt=opt, w=w).restore(saved(tmp_path)).expect_partial()
+    with pytest.raises(ValueError, match="moments wait"):
+        carried(opt)
+    opt.build([w])
+    carried(opt)
+
+
+def test_a_checkpoint_on_replicas(tmp_path: Path) -> None:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        w, opt = tf.Variable(tf.ones(3)), Adam(0.5)
+    status = tf.train.Checkpoint(opt=opt, w=w).restore(saved(tmp_path))
+    assert opt.iterations == 3
+    opt.learning_rate = 0.01
+    step = tf.function(lambda: strategy.run(lambda: opt.apply([tf.constant(G)], [w])))
+    step()
+    status.expect_partial()
+    assert int(opt.iterations) == 4 and float(opt.learning_rate) == 0.01
+
+
+# --- slices ---
+
+VALUES = {
+    "array": np.array,
+    "list": np.ndarray.tolist,
+    "tensor": tf.constant,
+    "variable": tf.Variable,
+}
+INDICES: dict[str, Any] = {
+    "array": np.array,
+    "int32": lambda ids: np.array(ids, np.int32),
+    "uint8": lambda ids: np.array(ids, np.uint8),
+    "list": list,
+    "tuple": tuple,
+    "tensor": tf.constant,
+}
+
+
+@pytest.mark.parametrize("ids", INDICES)
+@pytest.mark.parametrize("of", VALUES)
+@pytest.mark.parametrize("kind", [Adam, optimizer_v2.Adam])
+def test_slices_of_anything_that_holds_numbers(kind: Any, of: str, ids: str) -> None:
+    rows, where = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32), [1, 1, 3]
+    w, v, opt, other = (
+        tf.Variable(tf.ones((4, 2))),
+        tf.Variable(tf.ones((4, 2))),
+        kind(0.1),
+        kind(0.1),
+    )
+    dense = np.zeros((4, 2), np.float32)
+    np.add.at(dense, where, rows)
+    for i in range(2):
+        values = VALUES[of](rows)
+        if i and of == "list":
+            values = tuple(map(tuple, values))
+        opt.apply_gradients([(tf.IndexedSlices(values, INDICES[ids](where), (4, 2)), w)])
+        other.apply_gradients([(tf.constant(dense), v)])
+    np.testing.assert_array_equal(w, v)
+
+
+@pytest.mark.parametrize("ids", [[0.0, 1.0], ["a", "b"], [0, 4], [-1, 0], [[0], [1]], [0, 1, 2]])
+def test_slices_whose_indices_are_wrong(ids: Any) -> None:
+    w, opt = tf.Variable(tf.ones((4, 2))), Adam(0.1)
+    with pytest.raises((TypeError, ValueError), match=r"ind[ie]"):
+        opt.apply([tf.IndexedSlices(np.ones((2, 2)), ids, (4, 2))], [w])
+    assert w.numpy().tolist() == np.ones((4, 2)).tolist() and not opt.built
