@@ -1,11 +1,14 @@
 # make demo | test | lint | bench | clean. Each makes the virtual environment it needs, once, and again
 # when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
+# make test-oldest | test-newest: the same tests at both ends of the versions that pyproject.toml allows.
 
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
+# Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-oldest test-newest bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/installed
@@ -14,6 +17,15 @@ demo: .venv-demo/installed
 # Every library is installed here, so a test that skips for want of one is a failure.
 test: .venv-test/installed
 	OMNIADAM_REQUIRE_ALL=1 .venv-test/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+test-oldest: .venv-oldest/installed
+	OMNIADAM_REQUIRE_ALL=1 .venv-oldest/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+# What is newest changes without a file here that does: made anew each time.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) .venv-newest/installed
+	OMNIADAM_REQUIRE_ALL=1 .venv-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 # The peers are the libraries of the tests: the same environment.
 bench: .venv-test/installed
@@ -29,7 +41,7 @@ format: .venv-lint/installed
 	.venv-lint/bin/ruff format .
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-lint .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 define environment
@@ -55,4 +67,18 @@ pip = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 	$(pip) "$$(grep '^torch==' constraints.txt)"
 	$(pip) --constraint constraints.txt --editable '.[test]'
 	$(pip) --constraint constraints.txt --no-deps tf_keras
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(environment)
+	$(pip) "$$(grep '^torch==' constraints-oldest.txt)"
+	$(pip) --constraint constraints-oldest.txt --editable '.[test]'
+	$(pip) --constraint constraints-oldest.txt --no-deps tf_keras
+	@touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(environment)
+	$(pip) "$(TORCH)"
+	$(pip) --editable '.[test]'
+	$(pip) --no-deps tf_keras
 	@touch $@

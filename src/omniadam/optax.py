@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import options
+from . import options, versions
 from .backends.base import HALVES
 from .backends.jax import Arrays, Scalars
 from .rule import adam_coefficients, make_adam, optax_coefficients
 
 __all__ = ["adam", "adamw", "scale_by_adam", "step"]
+
+versions.check("optax", optax.__version__)
 
 
 def adam(

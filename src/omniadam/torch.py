@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer
 
-from . import options
+from . import options, versions
 from .adam import _ADAM, _AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Selection
@@ -37,8 +37,7 @@ from .rule import (
     clip_factor_global,
 )
 
-if not issubclass(torch.optim.AdamW, torch.optim.Adam):
-    raise ImportError(f"omniadam.torch needs torch 2.7 or newer. Found torch {torch.__version__}.")
+versions.check("torch", torch.__version__)
 
 
 class _Extra(NamedTuple):

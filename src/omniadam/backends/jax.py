@@ -28,12 +28,14 @@ import numpy.typing as npt
 from jax import lax
 from jax.core import Tracer
 
-from .. import options
+from .. import options, versions
 from ..kernels import xla
 from ..rule import Pass, RuleKey, make_adam
 from .base import FLOATS, HALVES, Entry, Selection, received
 from .functional import Cells, Functional
 from .host import Numbers
+
+versions.check("jax", jax.__version__)
 
 try:
     from jax._src.core import trace_state_clean as nothing_is_traced

@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 
 import keras
 
+from .. import versions
 from . import backend_of
 from .base import Backend, Entry, Selection
+
+versions.check("keras", keras.__version__)
 
 
 def native(variable: Any) -> Any:

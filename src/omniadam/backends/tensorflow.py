@@ -22,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from .. import options
+from .. import options, versions
 from ..rule import Pass, RuleKey
 from .base import FLOATS, HALVES, Entry, Selection, received, takes_arguments
 from .functional import Cells, Functional
 from .host import Numbers
+
+versions.check("tensorflow", tf.__version__)
 
 try:  # Not public, and only there to be fast.
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as _is_for_xla

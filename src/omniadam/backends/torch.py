@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from .. import options
+from .. import options, versions
 from ..kernels import cpu, layout
 from ..kernels.cpu import SparseRows
 from ..kernels.layout import Operand
@@ -30,6 +30,8 @@ from ..sparse import IndexedSlices
 from .base import HALVES, Backend, Entry, Selection, received, takes_arguments
 from .functional import Functional
 from .host import Gradients, HostMemory, Numbers, twin_apply
+
+versions.check("torch", torch.__version__)
 
 Array = npt.NDArray[Any]
 

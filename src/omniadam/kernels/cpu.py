@@ -13,10 +13,12 @@ import math
 import os
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
+from importlib.metadata import version
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import rule as arithmetic
+from .. import versions
 from ..rule import Pass, RuleKey
 from . import jit
 
@@ -71,7 +74,17 @@ def available() -> bool:
 def _numba_installed() -> bool:
     from importlib.util import find_spec
 
-    return find_spec("numba") is not None and find_spec("llvmlite") is not None
+    if find_spec("numba") is None or find_spec("llvmlite") is None:
+        return False
+    found = version("numba")
+    if versions.is_too_old("numba", found):
+        warnings.warn(
+            f"omniadam's kernels need numba {versions.OLDEST['numba']} or newer. Found numba "
+            f"{found}: steps run on NumPy, several times slower.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 # --- what the kernels are made of; everything below this line up to `_kernel` runs inside Numba ---
