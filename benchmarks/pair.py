@@ -81,7 +81,7 @@ def ours_jax_stateless(w: list[Any], g: list[Any], mode: str) -> Step:
     opt.build(params)
     held = [params, opt.variables]
 
-    @jax.jit(donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1))
     def apply(params: Any, state: Any, grads: Any) -> Any:
         return opt.stateless_apply(state, grads, params)
 
@@ -220,7 +220,7 @@ def optax_loop(transformation: Any, w: list[Any], g: list[Any], mode: str) -> St
     averages = [x + 0 for x in params] if mode == "full" else []
     held = [params, transformation.init(params), averages]
 
-    @jax.jit(donate_argnums=(0, 1, 2))
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
     def apply(params: Any, state: Any, averages: Any, grads: Any) -> Any:
         updates, state = transformation.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -295,7 +295,7 @@ def keras_step(w: list[Any], g: list[Any], mode: str, is_ours: bool = False) -> 
 
         held = [[v.value for v in variables], [v.value for v in opt.variables]]
 
-        @jax.jit(donate_argnums=(0, 1))
+        @partial(jax.jit, donate_argnums=(0, 1))
         def apply(params: Any, state: Any, grads: Any) -> Any:
             return opt.stateless_apply(state, grads, params)
 

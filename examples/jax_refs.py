@@ -1,5 +1,7 @@
 """JAX, both ways: Refs updated in place inside one compiled step, and arrays in and out of one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,7 @@ pure = optimizer(dict(zip(refs, values, strict=True)))
 state = pure.variables
 
 
-@jax.jit(donate_argnums=(0, 1))
+@partial(jax.jit, donate_argnums=(0, 1))
 def step(values, state):
     gradients = jax.grad(loss, argnums=tuple(range(len(values))))(*values)
     return pure.stateless_apply(state, gradients, values)
