@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import os
 import pickle
@@ -555,6 +556,49 @@ def test_many_variables_are_cut_into_calls(monkeypatch: pytest.MonkeyPatch) -> N
     theirs, wanted = numpy_run(EVERYTHING, 5)
     assert_near(values_of(params), wanted)
     assert_near(opt.get_weights(), theirs.get_weights())
+
+
+def test_frames_that_xla_states_to_be_of_another_form_are_left_alone() -> None:
+    """The handler is given what XLA hands over, with other sizes and versions in it."""
+    handler = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(xla.handler())
+
+    def words(*values: int) -> Array:
+        return np.array(values, np.int64)
+
+    def answered(
+        size: int = 168,
+        api_size: int = 208,
+        version_size: int = 24,
+        major: int = 0,
+        api: bool = True,
+    ) -> list[int]:
+        versions = np.array([major, 3], np.int32)
+        metadata = words(48, 24, 0, 0, 0, 0)
+        metadata[3:4].view(np.int32)[:] = 77
+        table = words(api_size, 0, version_size, 0, 0, *[0] * 21)
+        table[4:5].view(np.int32)[:] = versions
+        extension = words(32, 1, 0, metadata.ctypes.data)
+        frame = words(size, extension.ctypes.data, table.ctypes.data * api, *[0] * 18)
+        assert handler(frame.ctypes.data) == 0
+        found: list[int] = metadata[3:4].view(np.int32).tolist()
+        return found
+
+    assert answered() == [0, 3]
+    assert answered(size=112) == [77, 77]
+    for unknown in {"api_size": 136}, {"version_size": 32}, {"major": 1}, {"api": False}:
+        assert answered(**unknown) == [-1, -1]  # type: ignore[arg-type]
+
+    table = words(208, 0, 24, 0, 0, *[0] * 21)
+    for args, rets in (48, 40), (40, 48):
+        # With nothing where a call would have its arrays: to read them would end the process.
+        frame = words(168, 0, table.ctypes.data, 0, 3, args, 0, 2, 0, 0, rets, 0, 1, 0, 0, *[0] * 6)
+        assert handler(frame.ctypes.data) == 0
+    buffer = words(56, 0, 0, 0, 0, 0)
+    arrays = words(buffer.ctypes.data, 0)
+    frame = words(
+        168, 0, table.ctypes.data, 0, 3, 40, 0, 2, 0, arrays.ctypes.data, 40, 0, 1, 0, 0, *[0] * 6
+    )
+    assert handler(frame.ctypes.data) == 0
 
 
 def test_a_program_of_another_process_says_what_to_do() -> None:
@@ -1488,6 +1532,20 @@ opt.minimize(lambda w: jnp.sum(w), [ref])
 assert ref[0] != 1
 print(*{m.partition(".")[0] for m in sys.modules})
 """
+
+
+def test_importing_and_constructing_starts_nothing() -> None:
+    """So that a process can set JAX up afterwards, as `jax.distributed.initialize` must."""
+    code = """
+import jax, omniadam, omniadam.optax, omniadam.backends.jax
+from jax._src import xla_bridge
+omniadam.Adam(0.1, weight_decay=0.1, global_clipnorm=1.0)
+omniadam.optax.adamw(0.1), omniadam.optax.scale_by_adam(b1=0.4, eps_root=1e-3)
+assert not xla_bridge.backends_are_initialized()
+jax.config.update("jax_num_cpu_devices", 2)
+assert len(jax.devices()) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_step_imports_jax_alone() -> None:

@@ -46,7 +46,12 @@ except ImportError:  # not public; this takes longer
         return not isinstance(lax.neg(np.float32(0)), Tracer)
 
 
-_Array: Any = type(jnp.zeros(()))
+try:  # Not the type of an array made for this, which would start JAX: a process may set it up.
+    from jax._src.array import ArrayImpl
+except ImportError:  # no array is of this type, and all are looked at longer
+    ArrayImpl = jax.Array
+
+_Array: Any = ArrayImpl
 # A step for given gradients and a given learning rate (of a callable, else None).
 Advance = Callable[[Any, Any], None]
 # How many versions of the settings a selection keeps compiled steps for.

@@ -32,6 +32,10 @@ _BUSY = _ARGUMENTS + 5  # by whom a call was begun that is not over: one, or tho
 _KEY, _LINK = _BUSY + 1, _BUSY + 2  # what a program knows a job by, and the next job
 _WORDS = _BUSY + 3
 _RULE_C, _PASS_C = 4, 8  # how many coefficients there are
+# Sizes in bytes of the structures that XLA hands over, as it states them; of those that may grow at
+# their ends, how much of them is read.
+_FRAME, _API, _EXTENSION = 15 * 8, 18 * 8, 24
+_VERSION, _ARRAYS, _BUFFER = 24, 40, 48
 
 
 def _primitives() -> tuple[Any, Any]:
@@ -80,18 +84,39 @@ def _build_handler() -> Any:
     def data_of(buffer: int) -> Any:
         return view(to_pointer(buffer + 24, int64), (1,))[0]
 
+    @p.njit
+    def version_of(api: int) -> Any:
+        """XLA's minor version, where it states the sizes and the major version known here."""
+        if api == 0:  # XLA of jaxlib 0.8.0 and before registers without stating any
+            return -1
+        sizes = view(to_pointer(api, int64), (3,))
+        if sizes[0] < _API or sizes[2] != _VERSION:
+            return -1
+        given = view(to_pointer(api + 32, int32), (2,))
+        return int64(given[1]) if given[0] == 0 else -1
+
     def handler(given_addresses: int) -> Any:
         frame, root_address = view(to_pointer(given_addresses, int64), (2,))
         f = view(to_pointer(frame, int64), (15,))
-        if f[1] != 0:  # XLA asks which version this is written for: any of major version 0
-            extension = view(to_pointer(f[1], int64), (4,))
-            version = view(to_pointer(extension[3] + 24, int32), (2,))
-            given = view(to_pointer(f[2] + 32, int32), (2,))
-            version[0], version[1] = 0, given[1]
+        if f[0] < _FRAME:
+            return 0
+        minor = version_of(f[2])
+        if f[1] != 0:
+            extension = view(to_pointer(f[1], int64), (1,))
+            kind = view(to_pointer(f[1] + 8, int32), (1,))[0]
+            if extension[0] >= _EXTENSION and kind == 1:  # XLA asks what this is written for
+                metadata = view(to_pointer(f[1] + 24, int64), (1,))[0]
+                version = view(to_pointer(metadata + 24, int32), (2,))
+                version[0], version[1] = (0 if minor >= 0 else -1), minor
+                return 0
+        # What has another size than here is left alone: `_kernels_work` sees that nothing is done.
+        if minor < 0 or f[5] != _ARRAYS or f[10] != _ARRAYS:
             return 0
         if view(to_pointer(frame + 32, int32), (1,))[0] != 3:  # not the stage of execution
             return 0
         arguments = view(to_pointer(f[9], int64), (f[7],))
+        if view(to_pointer(arguments[0], int64), (1,))[0] != _BUFFER:
+            return 0
         key = view(to_pointer(data_of(arguments[0]), int64), (1,))[0]
         job = view(to_pointer(root_address, int64), (1,))[0]
         while job != 0:
