@@ -184,9 +184,9 @@ def test_updates_are_those_of_optax(case: Case) -> None:
 
 @pytest.mark.parametrize("b2", [0.9, 0.999])
 def test_updates_of_bfloat16_parameters(b2: float) -> None:
-    """The state is bfloat16 in both; ours is computed in float32 and rounded as it is stored.
+    """The momentum is bfloat16 in both; ours is computed in float32 and rounded as it is stored.
 
-    In optax, 0.999 is 1 in bfloat16. Both lose what is less than half an ulp of v.
+    In optax so is the velocity, and 0.999 is 1: what is less than half an ulp of it is lost.
     """
     case = Case("adam", {"b2": b2})
     with jax.enable_x64(True):
@@ -272,18 +272,26 @@ def assert_near(one: Any, other: Any, rtol: float = 1e-4) -> None:
 STATES = ("defaults", "schedule", "mu_dtype", "adamw", "decay schedule", "mask callable")
 
 
+def with_velocity(state: Any, dtype: Any) -> Any:
+    return optax.tree_utils.tree_set(
+        state, nu=optax.tree_utils.tree_cast(optax.tree_utils.tree_get(state, "nu"), dtype)
+    )
+
+
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_state_has_the_form_of_theirs(name: str, dtype: str) -> None:
+    """But for the velocity of 16-bit parameters, of which `update` keeps the type that it has."""
     params = jax.tree.map(lambda x: x.astype(dtype), tree())
     grads = jax.tree.map(lambda x: x.astype(dtype), tree_gradients(0))
-    results = []
-    for library in (ours, optax):
-        solver = made(library, TABLE[name])
-        state = solver.init(params)
-        updates, after = jax.jit(solver.update)(grads, state, params)
-        results.append([*forms(state), *forms(after), *forms(updates)])
-    assert results[0] == results[1]
+    solver, theirs = made(ours, TABLE[name]), made(optax, TABLE[name])
+    state, want = solver.init(params), theirs.init(params)
+    assert forms(state) == forms(with_velocity(want, jnp.float32))
+    want_updates, want_after = jax.jit(theirs.update)(grads, want, params)
+    for given, kind in ((want, dtype), (state, jnp.float32)):
+        updates, after = jax.jit(solver.update)(grads, given, params)
+        assert forms(updates) == forms(want_updates)
+        assert forms(after) == forms(with_velocity(want_after, kind))
 
 
 @pytest.mark.parametrize("name", ["defaults", "schedule", "nesterov", "weight_decay"])
@@ -313,6 +321,175 @@ def test_checkpoint_of_one_is_read_into_the_other(tmp_path: Path, back: bool) ->
     assert_near(read, {"params": params, "state": state}, rtol=0)
     want = train(writer, state, params, range(5, 10))
     assert_near(train(reader, read["state"], read["params"], range(5, 10)), want)
+
+
+# --- Every leaf that optax takes -----------------------------------------------------------------
+
+COMPLEX: dict[str, Case] = {
+    "defaults": Case("adam", {}),
+    "nesterov": Case("adam", {"nesterov": True}),
+    "eps_root": Case("adam", {"eps_root": 1e-3, "eps": 0.01}),
+    "b1 and b2 short": Case("adam", {"b1": 0.3, "b2": 0.2}),
+    "weight_decay": Case("adamw", {"weight_decay": 0.5}),
+}
+
+
+def complex_values(seed: int, dtype: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    pairs = {"a": rng.standard_normal((2, 3, 4)), "real": rng.standard_normal((1, 5))}
+    values = {k: jnp.asarray(x[0] if k == "real" else x[0] + 1j * x[1]) for k, x in pairs.items()}
+    return {"a": values["a"].astype(dtype), "real": values["real"]}
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("case", COMPLEX.values(), ids=COMPLEX)
+def test_complex_parameters(case: Case, dtype: str) -> None:
+    """The velocity is of the size of a gradient, and both its parts move by it together."""
+    results = []
+    with jax.enable_x64(dtype == "complex128"):
+        for library in (ours, optax):
+            solver, params = made(library, case), complex_values(0, dtype)
+            state, update = solver.init(params), jax.jit(solver.update)
+            kept = [forms(state)]
+            for i in range(1, 8):
+                updates, state = update(complex_values(i, dtype), state, params)
+                params = optax.apply_updates(params, updates)
+                kept.append(forms([updates, state]))
+            results.append([params, state, kept])
+    (params, state, kept), (their_params, their_state, their_kept) = results
+    assert kept == their_kept
+    rtol = 1e-11 if dtype == "complex128" else 1e-4
+    for got, want in ((params, their_params), (state, their_state)):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-3 * rtol)
+
+
+def test_complex_epsilon_hat_and_derivative() -> None:
+    g = jnp.array([3.0 - 4.0j, 0.0])
+    solver = adam(1.0, eps=0.1, epsilon_hat=True)
+    updates, _ = solver.update(g, solver.init(g))
+    want = -(0.001**0.5) * g / (0.001**0.5 * jnp.abs(g) + 0.1)
+    np.testing.assert_allclose(updates, want, rtol=1e-5)
+
+    def size(x: Any) -> Any:
+        updates, _ = solver.update(x * g, solver.init(g))
+        return jnp.sum(jnp.abs(updates[0]))
+
+    slope = (size(1.001) - size(0.999)) / 0.002
+    np.testing.assert_allclose(jax.grad(size)(1.0), slope, rtol=1e-2)
+
+
+LEAVES = {
+    "int32": jnp.array([3, -2]),
+    "uint8": jnp.array([3], jnp.uint8),
+    "bool": jnp.array([True, False]),
+    "int": 3,
+    "float": 2.0,
+    "numpy float64": np.float64(2.0),
+    "numpy int64": np.int64(3),
+    "numpy": np.array(2.0),
+    "complex": jnp.array([1.0 + 2.0j]),
+    "no elements": jnp.zeros((0, 3)),
+    "no integers": jnp.zeros(0, int),
+    "raw key": jax.random.PRNGKey(0),
+    "masked": optax.MaskedNode(),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+@pytest.mark.filterwarnings("ignore:.*(C|c)omplex.*")
+def test_leaves(leaf: Any, mu_dtype: Any) -> None:
+    """Values and types of `init` and of two updates; the types may be weak in theirs."""
+    grads, results = {"a": leaf}, []
+    for library in (ours, optax):
+        solver = library.scale_by_adam(mu_dtype=mu_dtype)
+        state = solver.init(grads)
+        results.append([state])
+        for _ in range(2):
+            updates, state = jax.jit(solver.update)(grads, state, grads)
+            results[-1] += [updates, state]
+    got, want = ([jax.tree.map(jnp.asarray, x) for x in each] for each in results)
+    assert forms(got[0]) == forms(want[0])
+    assert [jax.tree.structure(x) for x in got] == [jax.tree.structure(x) for x in want]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        rtol = 1e-2 if mu_dtype == "bfloat16" else 1e-4
+        np.testing.assert_allclose(a.astype(complex), b.astype(complex), rtol=rtol, atol=1e-6)
+
+
+def test_an_integer_leaf_beside_what_is_trained() -> None:
+    """A counter in a model: `init` takes it, and a mask leaves it out of the steps."""
+    params = {"w": jnp.ones(3), "n": jnp.array([3])}
+    assert adam(0.1).init(params)[0].nu["n"].dtype == params["n"].dtype
+    solver = optax.masked(adam(0.1), {"w": True, "n": False})
+    updates, _ = solver.update({"w": jnp.ones(3), "n": jnp.array([0])}, solver.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-5)
+    assert updates["n"].tolist() == [0]
+
+
+def test_parameters_that_have_no_gradient() -> None:
+    """A model may hold functions, where the gradients and the state hold None."""
+    params, trained = {"w": jnp.ones(3), "f": jnp.tanh}, {"w": jnp.ones(3), "f": None}
+    updates, _ = adam(0.1).update(trained, adam(0.1).init(trained), params)
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-5)
+
+
+# --- 16-bit parameters ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_velocity_of_narrow_parameters(dtype: str) -> None:
+    """0.999 of it is nothing less in 16 bits, and what comes on top is half an ulp."""
+    params = jnp.ones(2, dtype)
+    solver = adam(0.1)
+    state = solver.init(params)
+    assert (state[0].mu.dtype, state[0].nu.dtype) == (params.dtype, jnp.float32)
+    update = jax.jit(solver.update)
+    for _ in range(100):
+        _, state = update(params, state, params)
+    np.testing.assert_allclose(state[0].nu, 1 - 0.999**100, rtol=1e-5)
+    wide = adam(0.1, mu_dtype=jnp.float32).init(params)[0]
+    assert (wide.mu.dtype, wide.nu.dtype) == (jnp.float32, jnp.float32)
+
+
+KINDS = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("mu_dtype", [None, *KINDS])
+@pytest.mark.parametrize("of_gradients", KINDS)
+@pytest.mark.parametrize("of_parameters", KINDS)
+def test_updates_have_the_types_of_theirs(
+    of_parameters: str, of_gradients: str, mu_dtype: str | None
+) -> None:
+    """Whatever the type of the velocity is."""
+    params, grads = jnp.ones(2, of_parameters), jnp.ones(2, of_gradients)
+    solver, theirs = (m.adamw(0.1, mu_dtype=mu_dtype) for m in (ours, optax))
+    want, after = jax.eval_shape(theirs.update, grads, theirs.init(params), params)
+    for given in (theirs.init(params), solver.init(params)):
+        got, state = jax.eval_shape(solver.update, grads, given, params)
+        assert got.dtype == want.dtype
+        assert state[0].mu.dtype == after[0].mu.dtype
+        assert state[0].nu.dtype == given[0].nu.dtype
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "float32"])
+@pytest.mark.parametrize("widened", [False, True])
+def test_16_bit_state_in_scan_and_cond(widened: bool, mu_dtype: Any) -> None:
+    params = jnp.ones(2, jnp.bfloat16)
+    solver, theirs = (m.adam(0.1, mu_dtype=mu_dtype) for m in (ours, optax))
+    start = (solver if widened else theirs).init(params)
+
+    def advance(carry: Any, g: Any) -> Any:
+        w, state = carry
+        updates, new = solver.update(g, state, w)
+        state = jax.lax.cond(jnp.any(g != 0), lambda: new, lambda: state)
+        return (optax.apply_updates(w, updates), state), updates
+
+    grads = jnp.ones((3, 2), jnp.bfloat16)
+    (_, state), _ = jax.jit(lambda c: jax.lax.scan(advance, c, grads))((params, start))
+    assert forms(state) == forms(start) and state[0].count == 3
 
 
 # --- Trees, and what optax has around a solver ---------------------------------------------------
@@ -589,13 +766,35 @@ def test_bad_setting(make: Callable[..., Any], name: str) -> None:
             make(0.1, **{name: bad})
 
 
-@pytest.mark.parametrize("dtype", ["int32", "complex64", "bool"])
-def test_leaves_that_are_not_real(dtype: str) -> None:
-    good, bad = {"a": jnp.ones(2)}, {"a": jnp.ones(2, dtype)}
-    with pytest.raises(TypeError, match=rf"Parameter \"\['a'\]\".*{dtype}"):
-        adam(0.1).init(bad)
-    with pytest.raises(TypeError, match=rf"gradient of parameter \"\['a'\]\".*{dtype}"):
-        adam(0.1).update(bad, adam(0.1).init(good))
+@pytest.mark.parametrize("bad", [np.zeros(2, jax.dtypes.float0), jax.random.key(0)], ids=str)
+def test_gradients_that_are_no_numbers(bad: Any) -> None:
+    params = {"a": jnp.ones(bad.shape)}
+    with pytest.raises(
+        TypeError, match=r"gradient of parameter \"\['a'\]\" must hold numbers.*mask"
+    ):
+        adam(0.1).update({"a": bad}, adam(0.1).init(params))
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "eps", "eps_root"])
+def test_bad_setting_in_an_array(name: str) -> None:
+    for bad in (-0.1, jnp.nan, jnp.inf):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            adam(0.1, **{name: jnp.array(bad)})
+
+
+def test_a_setting_that_16_bits_round_out_of_its_range() -> None:
+    """What inject_hyperparams makes of 0.999 is 1 for bfloat16 parameters."""
+    params = jnp.ones(2, jnp.bfloat16)
+    inject = optax.inject_hyperparams
+    with pytest.raises(ValueError, match=r"`b2` must be.*1\.0.*bfloat16.*hyperparam_dtype"):
+        inject(adam)(0.1).init(params)
+    solver = inject(adam, hyperparam_dtype=jnp.float32)(0.1)
+    updates, state = solver.update(params, solver.init(params), params)
+    np.testing.assert_allclose(updates.astype(float), [-0.1, -0.1], rtol=1e-2)
+    # Set later, where nothing is compiled.
+    state.hyperparams["b1"] = jnp.array(1.0, jnp.bfloat16)
+    with pytest.raises(ValueError, match="`b1` must be"):
+        inject(adam)(0.1).update(params, state, params)
 
 
 def test_gradients_that_do_not_fit() -> None:

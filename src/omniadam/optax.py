@@ -2,7 +2,8 @@
 
 Nothing is computed here. The state is optax's own (`optax.ScaleByAdamState` in the tuple that
 `optax.chain` makes), so that states and checkpoints of either are those of the other; so are
-`chain`, the learning rate and the weight decay. Only the direction of a step comes from our rule.
+`chain`, the learning rate and the weight decay. Only the direction of a step comes from our rule,
+and the velocity of narrow parameters begins as float32, since nothing moves it in their own type.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
+from jax.core import Tracer
 
 from . import options, versions
-from .backends.base import HALVES
 from .backends.jax import Arrays, Scalars
 from .rule import adam_coefficients, make_adam, optax_coefficients
 
@@ -44,7 +47,8 @@ def adam(
         b2: what the velocity keeps.
         eps: number >= 0, added to the root of the corrected velocity.
         eps_root: number >= 0, added to the corrected velocity under the root.
-        mu_dtype: type of the momentum in the state; None for that of the parameters.
+        mu_dtype: type of the momentum in the state; None for that of the parameters. The velocity
+            has that of the parameters, but float32 where they are of 16 bits.
         nesterov: whether to use Nesterov's momentum: `optax.nadam`.
         epsilon_hat: whether `eps` and `eps_root` are outside of the bias correction: the "epsilon
             hat" of the paper, as in Keras.
@@ -56,7 +60,7 @@ def adam(
 
     Raises:
         ValueError: if a setting is out of its range.
-        TypeError: of `init` and `update`, for a leaf that is not real and floating.
+        TypeError: of `update`, for a gradient that does not hold numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -179,18 +183,26 @@ def scale_by_adam(
     eps = _setting("eps", eps, options.small_constant)
     eps_root = _setting("eps_root", eps_root, options.small_constant)
     nesterov, epsilon_hat = bool(nesterov), options.boolean("epsilon_hat", epsilon_hat)
-    theirs = optax.scale_by_adam(mu_dtype=mu_dtype)
+    mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
     # Of an array, which may be traced, nothing is known: it gets what is right for every value.
     short = {f"short_{i}": isinstance(b, float) and b < 0.5 for i, b in ((1, b1), (2, b2))}
     is_rooted = eps_root != 0.0 if isinstance(eps_root, float) else True
     rule = make_adam(
-        Arrays.sqrt, Arrays.maximum, amsgrad=False, nesterov=nesterov, rooted=is_rooted, **short
+        Arrays.sqrt,
+        Arrays.maximum,
+        amsgrad=False,
+        nesterov=nesterov,
+        rooted=is_rooted,
+        square=_square,
+        **short,
     )
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        for path, leaf in jax.tree.leaves_with_path(params):
-            _check_real("Parameter", path, leaf)
-        return theirs.init(params)
+        return optax.ScaleByAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(lambda x: jnp.zeros_like(x, mu_dtype), params),
+            nu=jax.tree.map(_velocity, params),
+        )
 
     def update(
         updates: Any, state: optax.ScaleByAdamState, params: Any = None
@@ -201,9 +213,11 @@ def scale_by_adam(
             *adam_coefficients(Scalars, -1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short),
             *optax_coefficients(Scalars, t, b1, b2, eps_root, epsilon_hat=epsilon_hat),
         )
+        # By path, as a model may have leaves here that have no gradient.
+        given = dict(jax.tree.leaves_with_path(params))
 
         def direction(path: Any, g: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
-            _check_real("The gradient of parameter", path, g)
+            _check_number(path, g)
             if jnp.shape(g) != jnp.shape(mu) or jnp.shape(g) != jnp.shape(nu):
                 raise ValueError(
                     f"The gradient of parameter {_named(path)} must have the shape of the "
@@ -211,17 +225,23 @@ def scale_by_adam(
                     f"{jnp.shape(g)}, and `mu` and `nu` of shapes {jnp.shape(mu)} and "
                     f"{jnp.shape(nu)}."
                 )
-            g, mu, nu = jnp.asarray(g), jnp.asarray(mu), jnp.asarray(nu)
-            # The types that optax ends with, by its order of operations.
-            mean = jnp.result_type(g, mu)
-            end = jnp.result_type(mean, nu)
-            wide = "float32" if end.name in HALVES else end.name
+            # The types that optax ends with, by its order of operations: integers become floating,
+            # and the velocity has the type of the parameter, which is that of its gradient.
+            mean = jnp.result_type(g, mu, 1.0)
+            own = jnp.result_type(given.get(path, g))
+            end = jnp.result_type(mean, own if _is_narrow(own) else jnp.result_type(nu, 1.0))
+            wide = "float32" if _is_narrow(end) else jnp.finfo(end).dtype.name
             c = tuple(x if isinstance(x, float) else Arrays.cast(x, wide) for x in coefficients)
-            g, m, v = (Arrays.cast(x, wide) for x in (g, mu, nu))
+            both = jnp.result_type(wide, 1j).name if _is_complex(mean) else wide
+            g, m = (Arrays.cast(jnp.asarray(x), both) for x in (g, mu))
+            v = Arrays.cast(jnp.real(nu), wide)
             # Where the rule takes zero, at a rate of -1: no rounding of a variable is in it.
             u, (m, v) = rule(0.0, g, (m, v), c)
-            kept = mean if mu_dtype is None else jnp.dtype(mu_dtype)
-            return u.astype(end), m.astype(kept), v.astype(nu.dtype)
+            return (
+                u.astype(end),
+                m.astype(mean if mu_dtype is None else mu_dtype),
+                v.astype(jnp.result_type(nu)),
+            )
 
         leaves, tree = jax.tree.flatten_with_path(updates)
         moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
@@ -286,19 +306,46 @@ def step(transformation: optax.GradientTransformation) -> Callable[..., tuple[An
 
 def _setting(name: str, value: Any, check: options.Check) -> Any:
     """A number in double precision, or an array, of which nothing is known while it is traced."""
-    if isinstance(value, jax.Array):
-        return jnp.asarray(value, float)
-    return check(name, value)
+    if not isinstance(value, jax.Array):
+        return check(name, value)
+    try:
+        for each in () if isinstance(value, Tracer) else np.asarray(value, float).flat:
+            check(name, float(each))
+    except ValueError as error:
+        if not _is_narrow(value.dtype):
+            raise
+        raise ValueError(
+            f"{error}, to which a {value.dtype} may have been rounded. optax.inject_hyperparams "
+            "gives numbers the type of the parameters: pass it hyperparam_dtype=jnp.float32."
+        ) from None
+    return jnp.asarray(value, float)
+
+
+def _velocity(leaf: Any) -> Any:
+    """Zeros like a parameter, but of float32 for a narrow one: its own type could not be moved."""
+    return jnp.zeros_like(leaf, "float32" if _is_narrow(jnp.result_type(leaf)) else None)
+
+
+def _square(g: Any) -> Any:
+    return lax.real(g) * lax.real(g) + lax.imag(g) * lax.imag(g) if _is_complex(g.dtype) else g * g
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
+
+
+def _is_complex(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
 def _named(path: Any) -> str:
     return repr(jax.tree_util.keystr(path)) if path else "''"
 
 
-def _check_real(what: str, path: Any, leaf: Any) -> None:
-    dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating):
+def _check_number(path: Any, gradient: Any) -> None:
+    dtype = jnp.result_type(gradient)
+    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(
-            f"{what} {_named(path)} must be real and floating. Received dtype {dtype}. To leave it "
-            "out, use optax.masked or optax.partition."
+            f"The gradient of parameter {_named(path)} must hold numbers. Received dtype {dtype}. "
+            "To leave it out, use optax.masked or optax.partition."
         )

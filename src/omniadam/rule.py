@@ -107,6 +107,7 @@ def make_adam(
     short_2: bool = False,
     nesterov: bool = False,
     rooted: bool = False,
+    square: Callable[[Value], Value] | None = None,
 ) -> Rule:
     """Adam (Kingma & Ba 2014) or, with `amsgrad`, AMSGrad (Reddi et al. 2018, Algorithm 2).
 
@@ -115,11 +116,13 @@ def make_adam(
     that of a far larger old value no more than its share is left, not its rounding as well. With
     `nesterov` the step is made by the momentum that the next one would have if its gradient were
     this one again (Dozat 2016, as optax has it); with `rooted` a constant is under the square root.
+    `square` is for numbers that may be complex: the square of their size, which is real.
     """
 
     def adam(w: Value, g: Value, slots: Values, c: Values) -> tuple[Value, Values]:
         alpha, weight_1, weight_2, epsilon = c[0], c[1], c[2], c[3]
-        m, v, squared = slots[0], slots[1], g * g
+        m, v = slots[0], slots[1]
+        squared = g * g if square is None else square(g)
         m = g + (m - g) * weight_1 if short_1 else m + (g - m) * weight_1
         v = squared + (v - squared) * weight_2 if short_2 else v + (squared - v) * weight_2
         step = m * c[4] + g * c[5] if nesterov else m
