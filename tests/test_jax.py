@@ -479,6 +479,73 @@ def compiled_step(opt: Optimizer, given: list[Any]) -> str:
     return text
 
 
+NORMS = {
+    "overflow": ([[1e20, -1e20], [3e19, 1.0]], 1.0),
+    "underflow": ([[1e-30, -1e-30], [2e-30, 0.0]], 1e-30),
+    "both": ([[1e20, 1e-30], [1e-30, 2e-30]], 1.0),
+    "beside zeros": ([[0.0, 0.0], [1e-30, 2e-30]], 1e-30),
+    "zeros": ([[0.0, 0.0], [0.0, 0.0]], 1.0),
+    "infinite": ([[np.inf, 1.0], [2.0, 2.0]], 1.0),
+    "nan": ([[np.nan, 1.0], [2.0, 2.0]], 1.0),
+}
+
+
+@pytest.mark.parametrize("by", ["kernels", "xla"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_norms_do_not_overflow(
+    clip: str, name: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NumPy, which sums in double precision."""
+    if by == "xla":
+        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
+    values, threshold = NORMS[name]
+    dtype = "bfloat16" if name == "overflow" else "float32"
+    given = [jnp.asarray(value, dtype) for value in values]
+    settings: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "epsilon": 0.0,
+        "beta_1": 0.0,
+        clip: threshold,
+    }
+    # Of squares as small as these the velocity knows nothing: what is seen is the momentum.
+    theirs, ours = [np.ones(2, np.float32) for _ in given], refs_of(np.ones((2, 2), np.float32))
+    numpy, refs = Adam(**settings), Adam(**settings)
+    with np.errstate(all="ignore"):
+        numpy.apply([np.asarray(g, np.float32) for g in given], theirs)
+    refs.apply(given, ours)
+    bare = Adam(**settings)
+    arrays = [jnp.ones(2), jnp.ones(2)]
+    bare.build(arrays)
+    _, state = bare.stateless_apply(bare.variables, given, arrays)
+    wanted = [v for name, v in numpy.named_variables().items() if "momentum" in name]
+    for found in (
+        [v for name, v in refs.named_variables().items() if "momentum" in name],
+        state[2::2],
+    ):
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(np.asarray(a[...]), b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 1.0}, {"global_clipnorm": 1.0}])
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_derivative_through_a_clipped_step(clip: dict[str, float], at: float) -> None:
+    """Where the gradient of one variable is zero, or of all."""
+    with jax.enable_x64(True):
+        opt, params = Adam(0.1, epsilon=1e-2, **clip), [jnp.ones(2), jnp.ones(1)]
+        opt.build(params)
+        state = opt.variables
+
+        def after(s: Any) -> Any:
+            given = [s * jnp.array([1.0, 2.0]), s * jnp.zeros(1)]
+            new, _ = opt.stateless_apply(state, given, params)
+            return (new[0] ** 2).sum() + (new[1] ** 2).sum()
+
+        h = 1e-6
+        wanted = float((after(at + h) - after(at - h)) / (2 * h))
+        assert float(jax.grad(after)(at)) == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize("why_not", ["", "version", "OMNIADAM_KERNEL", "rule"])
 def test_a_step_is_one_call_of_a_kernel(why_not: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why_not == "version":

@@ -952,13 +952,12 @@ class Optimizer(_Base):
         assert backend is not None
         functions = backend.functions
         assert self._passes is not None
-        sums = backend.square_sums(self._passes[3], rule, selection, gradients, pass_c)
-        if self.clipnorm is not None:
-            threshold = self.clipnorm
-            return [clip_factor(functions, functions.sqrt(each), threshold) for each in sums]
-        norm = functions.sqrt(sum(sums))
-        factor = type(self)._clip_factor_of_all(functions, norm, self.global_clipnorm)
-        return [factor] * len(sums)
+        is_joint = self.clipnorm is None
+        norms = backend.norms(self._passes[3], rule, selection, gradients, pass_c, joint=is_joint)
+        if is_joint:
+            factor = type(self)._clip_factor_of_all(functions, norms[0], self.global_clipnorm)
+            return [factor] * len(selection.entries)
+        return [clip_factor(functions, norm, self.clipnorm) for norm in norms]
 
     def _update_each(
         self,

@@ -269,6 +269,20 @@ class Backend(ABC):
     ) -> list[Any]:
         """The sum of squares of each gradient, in at least the precision of the arithmetic."""
 
+    def norms(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        pass_c: Any,
+        *,
+        joint: bool,
+    ) -> list[Any]:
+        """The Euclidean norm of each gradient; or, alone in a list, that over all of them."""
+        sums = self.square_sums(kind, rule, selection, gradients, pass_c)
+        return list(map(self.functions.sqrt, [sum(sums)] if joint else sums))
+
     @abstractmethod
     def sweep(
         self,

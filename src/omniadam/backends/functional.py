@@ -211,14 +211,20 @@ class Functional(Backend):
     def square_sums(
         self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
     ) -> list[Any]:
+        return [
+            self.arrays.sum_of_squares(g) for g in self._applied(kind, selection, gradients, pass_c)
+        ]
+
+    def _applied(self, kind: Pass, selection: Selection, gradients: Any, pass_c: Any) -> list[Any]:
+        """Gradients as they are to be applied, before they are clipped by a norm."""
         gradient_of = make_gradient(kind, self.arrays.minimum, self.arrays.maximum)
-        sums = []
+        applied = []
         for entry, g in zip(selection.entries, gradients, strict=True):
             accumulator = self.read(entry.accumulator) if kind.accumulated else None
             g = self.arrays.cast(g, entry.slot_dtype)
             coefficients = self._coefficients(pass_c, entry.slot_dtype)
-            sums.append(self.arrays.sum_of_squares(gradient_of(g, accumulator, coefficients)))
-        return sums
+            applied.append(gradient_of(g, accumulator, coefficients))
+        return applied
 
     def sweep(
         self,

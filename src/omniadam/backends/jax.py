@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import cache, partial, reduce, wraps
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, ClassVar
@@ -152,6 +152,13 @@ def _sqrt_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 _sqrt.defjvp(_sqrt_jvp)
 
 
+# The bits of a number that are its exponent.
+_EXPONENTS: dict[str, tuple[Any, int]] = {
+    "float32": (np.uint32, 0xFF << 23),
+    "float64": (np.uint64, 0x7FF << 52),
+}
+
+
 class Arrays:
     """The functions that the rule is bound to."""
 
@@ -166,8 +173,17 @@ class Arrays:
         return x if x.dtype.name == dtype else lax.convert_element_type(x, dtype)
 
     @staticmethod
-    def sum_of_squares(x: Any) -> Any:
-        return jnp.sum(x * x)
+    def scaled_sum(x: Any) -> tuple[Any, Any]:
+        """A sum of squares that neither overflows nor underflows, and by what x was divided."""
+        # The power of two below the largest element, which changes no bits of what is summed.
+        largest = jnp.max(jnp.abs(lax.stop_gradient(x)), initial=0)
+        bits, exponent = _EXPONENTS[x.dtype.name]
+        power = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(largest, bits) & bits(exponent), x.dtype
+        )
+        scale = jnp.clip(power, 2.0**-126, 2.0**126)
+        scaled = x / scale
+        return jnp.sum(scaled * scaled), scale
 
     @staticmethod
     def broadcast_like(value: Any, like: Any) -> Any:
@@ -575,12 +591,31 @@ class JAX(Functional):
         changed = [v for key, (v, _) in cells.items() if key in stored]
         return changed, [v for key, (v, _) in cells.items() if key not in stored]
 
-    def square_sums(
-        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
+    def norms(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        gradients: Any,
+        pass_c: Any,
+        *,
+        joint: bool,
     ) -> list[Any]:
-        if self.how != _BY_KERNELS or not xla.serves(rule):
-            return super().square_sums(kind, rule, selection, gradients, pass_c)
-        sums: dict[int, Any] = {}
+        if self.how == _BY_KERNELS and xla.serves(rule):
+            found = self._sums_by_kernels(kind, rule, selection, gradients, pass_c)
+        else:
+            applied = self._applied(kind, selection, gradients, pass_c)
+            found = list(map(self.arrays.scaled_sum, applied))
+        if joint:
+            scale = reduce(jnp.maximum, [scale for _, scale in found])
+            found = [(sum(total * (each / scale) ** 2 for total, each in found), scale)]
+        return [self.arrays.sqrt(total) * scale for total, scale in found]
+
+    def _sums_by_kernels(
+        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
+    ) -> list[tuple[Any, Any]]:
+        """As `scaled_sum` of each gradient."""
+        sums: dict[int, tuple[Any, Any]] = {}
         entries = selection.entries
         for dtype, gradient_dtype, _, chosen in _groups(kind, entries, gradients):
             wide = entries[chosen[0]].slot_dtype
@@ -591,10 +626,10 @@ class JAX(Functional):
                 *(_readable(gradients[i], wide) for i in chosen),
             ]
             coefficients = self._row((0.0,) * 4, pass_c, (), wide)
-            form = jax.ShapeDtypeStruct((len(chosen),), wide)
+            form = jax.ShapeDtypeStruct((2, len(chosen)), wide)
             call = jax.ffi.ffi_call(_TARGET, form, vmap_method="sequential")
             found = call(job.plan, coefficients, *arrays)
-            sums.update(zip(chosen, found, strict=True))
+            sums.update(zip(chosen, zip(*found, strict=True), strict=True))
         return [sums[i] for i in range(len(entries))]
 
     def sweep(

@@ -167,17 +167,25 @@ def _build_handler() -> Any:
             partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu._COUNT],))
             first = view(to_pointer(j[_FIRST_CHUNKS], int64), (j[_TENSORS] + 1,))
             result = view(to_pointer(f[14], int64), (1,))[0]
-            sums = view(to_pointer(data_of(result), float32), (j[_TENSORS],))
-            sums_wide = view(to_pointer(data_of(result), float64), (j[_TENSORS],))
+            n = j[_TENSORS]
+            sums = view(to_pointer(data_of(result), float32), (2, n))
+            sums_wide = view(to_pointer(data_of(result), float64), (2, n))
             is_wide = view(to_pointer(result + 16, int32), (1,))[0] == 12
-            for tensor in range(j[_TENSORS]):
-                total = 0.0
+            for tensor in range(n):
+                total, scale = 0.0, 1.0
                 for k in range(first[tensor], first[tensor + 1]):
                     total += partials[k]
+                # The sum of what was divided by the scale, for float32 to hold it.
+                while 2.0**64 < total < np.inf and scale < 2.0**96:
+                    total, scale = total * 2.0**-64, scale * 2.0**32
+                while 0.0 < total < 2.0**-64 and scale > 2.0**-96:
+                    total, scale = total * 2.0**64, scale * 2.0**-32
+                if total == 0.0:  # of no weight beside others
+                    scale = 2.0**-126
                 if is_wide:
-                    sums_wide[tensor] = total
+                    sums_wide[0, tensor], sums_wide[1, tensor] = total, scale
                 else:
-                    sums[tensor] = float32(total)
+                    sums[0, tensor], sums[1, tensor] = float32(total), float32(scale)
         fetch_add(job + 8 * _BUSY, -1)
         return 0
 
