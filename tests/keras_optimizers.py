@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 import warnings
@@ -710,6 +711,54 @@ def test_update_step_and_subclasses() -> None:
     assert int(opt.iterations) == 1
 
 
+def recording(kind: Any, name: str, calls: list[str]) -> Any:
+    """A subclass that notes when this method is called."""
+
+    def method(self: Any, *arguments: Any, **settings: Any) -> Any:
+        calls.append(name)
+        return getattr(super(made_of, self), name)(*arguments, **settings)
+
+    made_of = type("Recording", (kind,), {name: method})
+    return made_of
+
+
+@on()
+def test_what_is_overridden_of_keras_is_called() -> None:
+    """Whatever methods Keras has by now: a subclass's own is called where Keras calls it."""
+    settings = {"weight_decay": 0.1, "clipnorm": 0.5, "gradient_accumulation_steps": 2}
+    names = [n for n in dir(Theirs) if inspect.isfunction(getattr(Theirs, n)) and n[:2] != "__"]
+    called = []
+    for name in names:
+        ends = []
+        for kind in (Theirs, Adam):
+            calls: list[str] = []
+            w = keras.Variable(np.ones(2, np.float32))
+            opt = recording(kind, name, calls)(
+                0.1, use_ema=True, ema_overwrite_frequency=1, **settings
+            )
+            for _ in range(2):
+                opt.apply([ops.ones(2)], [w])
+            opt.finalize_variable_values([w])
+            ends.append(([w, *opt.variables], bool(calls)))
+        (theirs, expected), (ours, found) = ends
+        assert found or not expected, name
+        if name not in ("finalize_variable_values", "add_variable"):
+            same(ours, theirs)
+        called += [name] * expected
+    assert len(called) >= 18 and {"update_step", "assign_sub", "_use_weight_decay"} <= {*called}
+
+
+@on()
+def test_an_override_on_the_object() -> None:
+    w = keras.Variable(np.ones(2, np.float32))
+    opt = Adam(0.1)
+    opt.apply([ops.ones(2)], [w])
+    opt._clip_gradients = lambda grads: [-g for g in grads]
+    for _ in range(4):
+        opt.apply([ops.ones(2)], [w])
+    assert w.numpy()[0] > 0.9
+
+
 @on()
 def test_missing_gradients_and_averages() -> None:
     a, b = params = made([np.ones(2, np.float32)] * 2)
@@ -761,6 +810,179 @@ def test_bad_input_changes_nothing() -> None:
     with raises(ValueError, "use_ema", "cannot be changed"):
         opt.use_ema = True
         opt.apply([ones, ops.ones(3)], [kernel, bias])
+
+
+# --- nothing to train, and builds that fail -------------------------------------------------------
+
+
+@on()
+def test_a_step_of_nothing() -> None:
+    opt = Adam(0.1, use_ema=True)
+    opt.build([])
+    opt.apply([], [])
+    opt.finalize_variable_values([])
+    given = [v.value for v in opt.variables]
+    variables, state = opt.stateless_apply(given, [], [])
+    assert variables == [] and all(a is b for a, b in zip(state, given, strict=True))
+    assert not opt.built and int(opt.iterations) == 0
+    w = keras.Variable(np.ones(2, np.float32))
+    opt.apply([ops.ones(2)], [w])
+    np.testing.assert_allclose(w.numpy(), 0.9, rtol=1e-5)
+    assert opt.stateless_apply([v.value for v in opt.variables], [], [])[0] == []
+
+
+def unfrozen(net: Any) -> Any:
+    net.trainable = True
+    net.train_function = None
+    return net
+
+
+@on(*TRAINING)
+def test_a_model_with_nothing_to_train() -> None:
+    """It is fit, saved and loaded as others are, and once it is unfrozen it trains."""
+    optimizer = partial(Adam, 0.02, use_ema=True)
+    expected = compiled(optimizer, jit_compile=False)
+    fit(expected)
+    for wrapped in (False, True):
+        kind = (lambda: keras.optimizers.LossScaleOptimizer(optimizer())) if wrapped else optimizer
+        net = compiled(kind, jit_compile=False)
+        net.trainable = False
+        before = host(net.weights)
+        # On TensorFlow Keras does not build an optimizer for nothing.
+        callbacks = [keras.callbacks.SwapEMAWeights()] if BACKEND != "tensorflow" else []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras's on PyTorch and TensorFlow: nothing to train
+            fit(net, 1, validation_data=(X, Y), callbacks=callbacks)
+            net.train_on_batch(X, Y)
+            net.evaluate(X, Y, verbose=0)
+            with tempfile.TemporaryDirectory() as folder:
+                net.save_weights(f"{folder}/model.weights.h5")
+                net.load_weights(f"{folder}/model.weights.h5")
+                for suffix in ("keras", "h5"):
+                    net.save(f"{folder}/model.{suffix}")
+                    again = keras.saving.load_model(f"{folder}/model.{suffix}")
+                    assert again.predict(X, verbose=0).shape == (24, 3)
+                    fit(again, 1)
+                    same(again.weights, before, rtol=0, atol=0)
+        inner = net.optimizer.inner_optimizer if wrapped else net.optimizer
+        assert not inner.built and int(inner.iterations) == 0
+        same(net.weights, before, rtol=0, atol=0)
+        if not wrapped:  # Keras's LossScaleOptimizer is built on what there is once
+            fit(unfrozen(net))
+            same(net.weights, expected.weights, rtol=0, atol=0)
+    expected.trainable = False  # after the build
+    expected.train_function = None
+    before = host(expected.weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(expected, 1)
+    same(expected.weights, before, rtol=0, atol=0)
+
+
+@on(*TRAINING)
+def test_h5() -> None:
+    """The optimizer of a model saved whole as .h5 begins anew, and `fit` goes on by itself."""
+    net = compiled(partial(Adam, 0.02), jit_compile=False)
+    fit(net, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        net.save(f"{folder}/model.h5")
+        again = keras.saving.load_model(f"{folder}/model.h5")
+    assert type(again.optimizer) is Adam and not again.optimizer.built
+    same(again.weights, net.weights, rtol=0, atol=0)
+    fresh = compiled(partial(Adam, 0.02), jit_compile=False)
+    fresh.set_weights(net.get_weights())
+    for each in (again, fresh):
+        fit(each, 1)
+    same(again.weights, fresh.weights)
+
+
+REFUSED: dict[str, list[Any]] = {
+    "weight_decay": [-1.0, "a"],
+    "clipnorm": [-1.0, 0.0],
+    "clipvalue": [float("nan"), True],
+    "global_clipnorm": [-1.0],
+    "use_ema": [3],
+    "ema_momentum": [1.5],
+    "ema_overwrite_frequency": [0, 2.5],
+    "loss_scale_factor": [0.0],
+    "gradient_accumulation_steps": [1],
+    "beta_1": [1.0, lambda: 2.0],
+    "beta_2": [-0.5],
+    "epsilon": [-1.0, lambda: "a"],
+    "amsgrad": ["yes"],
+    "learning_rate": [lambda: -1.0, lambda: 1 / 0],
+}
+
+
+@on()
+def test_a_setting_refused_at_the_first_step() -> None:
+    """Nothing is left of the step or of the build, nor of a setting that was right."""
+    for name, values in REFUSED.items():
+        for value in values:
+            w, fine = made([np.ones(2, np.float32)] * 2)
+            opt, twin = Adam(0.1), Adam(0.1)
+            setting = "_learning_rate" if name == "learning_rate" else name
+            right = getattr(opt, setting)
+            opt.weight_decay = 0.5
+            setattr(opt, setting, value)
+            with raises(Exception):
+                opt.apply([ops.ones(2)], [w])
+            assert not opt.built and len(opt.variables) == 2, name
+            opt.weight_decay = None
+            setattr(opt, setting, right)
+            for each, variable in ((opt, w), (twin, fine)):
+                for _ in range(2):
+                    each.apply([ops.ones(2)], [variable])
+            same([w, *opt.variables], [fine, *twin.variables], rtol=0, atol=0)
+    w, other = made([np.ones(2, np.float32)] * 2)
+    opt = Adam(0.1)
+    with raises(ValueError, "w1"):
+        opt.apply([ops.ones(3)], [other])
+    opt.apply([ops.ones(2)], [w])  # it has not been built on the other one
+
+
+@on()
+def test_a_build_that_fails() -> None:
+    """At whichever state variable: the optimizer is as before, and is built the next time."""
+    left = [-1]
+    error: BaseException
+
+    class Failing(Adam):
+        def add_variable(self, *arguments: Any, **settings: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise error
+            return super().add_variable(*arguments, **settings)
+
+    settings = {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}
+    for failing in range(10):
+        params, twins = made([np.ones(2, np.float32)] * 2), made([np.ones(2, np.float32)] * 2)
+        opt, twin = (Failing(0.1, name="adam", **settings) for _ in range(2))
+        left[0], before = failing, set(vars(opt))
+        error = KeyboardInterrupt() if failing % 2 else MemoryError()
+        with raises(type(error)):
+            opt.apply([ops.ones(2)] * 2, params) if failing % 3 else opt.build(params)
+        assert set(vars(opt)) == before and not opt.built and len(opt.variables) == 2
+        checkpoint(opt, [])
+        for each, given in ((opt, params), (twin, twins)):
+            for _ in range(4):
+                each.apply([ops.ones(2)] * 2, given)
+        same([*params, *opt.variables], [*twins, *twin.variables], rtol=0, atol=0)
+        checkpoint(opt, params)
+
+
+def checkpoint(opt: Any, params: list[Any]) -> None:
+    """On TensorFlow: what is saved of an optimizer is restored to another."""
+    if BACKEND != "tensorflow":
+        return
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tf.train.Checkpoint(optimizer=opt).save(folder + "/c")
+        again = type(opt).from_config(opt.get_config())
+        again.build(params)
+        tf.train.Checkpoint(optimizer=again).restore(path).assert_consumed()
+    same(again.variables, opt.variables, rtol=0, atol=0)
 
 
 if __name__ == "__main__":

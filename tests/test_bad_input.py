@@ -468,8 +468,6 @@ def test_a_variable_that_was_resized(kernel: str) -> None:
 
 
 NO_VARIABLES: dict[str, tuple[Callable[[Arrays], Any], type[Exception], str]] = {
-    "empty": (lambda w: [], ValueError, "needs at least one variable. Received: none"),
-    "empty mapping": (lambda w: {}, ValueError, "needs at least one variable. Received: none"),
     "None": (lambda w: None, TypeError, "must be given as a list, or a mapping from names"),
     "number": (lambda w: 3, TypeError, "or a mapping from names. Received: 3 (int)"),
     "text": (lambda w: "kernel", TypeError, "Received: 'kernel' (str)"),

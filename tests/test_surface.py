@@ -290,3 +290,19 @@ def test_a_warm_first_step_imports_no_compiler_and_no_library(tmp_path: Path) ->
 @pytest.mark.needs("autograd")
 def test_that_the_tests_above_can_fail() -> None:
     assert imported(f"import autograd{STEP}", *FOREIGN, OMNIADAM_KERNEL="numpy") == {"autograd"}
+
+
+def test_a_step_of_nothing() -> None:
+    """Without variables nothing happens, and what is built then is built on others."""
+    opt, w = Adam(0.1), np.ones(2)
+    for nothing in ([], {}, (), iter(())):
+        opt.build(nothing)
+    opt.apply([], [])
+    state = opt.variables
+    variables, same = opt.stateless_apply(state, [], [])
+    assert variables == [] and all(a is b for a, b in zip(same, state, strict=True))
+    assert not opt.built and opt.iterations == 0
+    opt.build(iter([w]))
+    assert opt.stateless_apply(opt.variables, [], [])[0] == []
+    assert opt.apply_gradients([(np.ones(2), w)]) == 1
+    np.testing.assert_allclose(w, 0.9, rtol=1e-6)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from operator import is_
 from typing import Any, Self
@@ -22,19 +23,26 @@ from .backends.keras import KerasVariables, native
 
 # Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
 _IN_PLACE = keras.backend.backend() in ("numpy", "torch")
-# What Keras calls in a step. A subclass that overrides any of it gets Keras's step.
-_OVERRIDABLE = (
-    "update_step",
-    "_apply_weight_decay",
-    "_backend_apply_gradients",
-    "_backend_increment_gradient_accumulators",
-    "_backend_reset_gradient_accumulators",
-    "_backend_update_step",
-    "_clip_by_norm",
-    "_clip_gradients",
-    "_filter_empty_gradients",
-    "_overwrite_variables_directly_with_gradients",
-    "_update_model_variables_moving_average",
+# What a user may override and have honoured: called around a step, or in ours too.
+_HONOURED = (
+    "add_optimizer_variables",
+    "add_variable",
+    "add_variable_from_reference",
+    "apply",
+    "apply_gradients",
+    "build",
+    "exclude_from_weight_decay",
+    "finalize_variable_values",
+    "from_config",
+    "get_config",
+    "learning_rate",
+    "load_own_variables",
+    "save_own_variables",
+    "scale_loss",
+    "set_weights",
+    "stateless_apply",
+    "variables",
+    "_get_current_learning_rate",
 )
 
 
@@ -73,27 +81,84 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         super().__init__(_rate(learning_rate), *arguments, **settings)
         # Hidden from what Keras and TensorFlow track: it has no state of its own.
         object.__setattr__(self, "_engine", _Engine(self))
-        kind = type(self)
-        own = all(getattr(kind, name, None) is getattr(Adam, name, None) for name in _OVERRIDABLE)
-        self._is_fused = own
+        self._look_for_overrides()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _HOOKS:
+            self._look_for_overrides()
+
+    def _look_for_overrides(self) -> None:
+        """Note which parts of Keras's step are not ours: any of them, and Keras's step is made."""
+        kind, own = type(self), vars(self)
+        overridden = frozenset(
+            name
+            for name, ours in _HOOKS.items()
+            if name in own or inspect.getattr_static(kind, name, None) is not ours
+        )
+        object.__setattr__(self, "_overridden", overridden)
+
+    def _concerns(self, method: Any) -> bool:
+        """Whether a method of Keras uses what is overridden."""
+        code = getattr(inspect.unwrap(method), "__code__", None)
+        return not self._overridden.isdisjoint(self._overridden if code is None else code.co_names)
+
+    @contextmanager
+    def _unbuilt_on_error(self) -> Iterator[None]:
+        """Take a build back if it fails, or the first step does that it was for."""
+        tracked = self._variables
+        # TensorFlow's lists note what they hold once more, for checkpoints.
+        parts = [self.__dict__, getattr(tracked, "__dict__", {})]
+        before = [dict(part) for part in parts]
+        values = [value for part in parts for value in part.values()]
+        lists = [(value, [*value]) for value in values if isinstance(value, list)]
+        tables = [(value, dict(value)) for value in values if isinstance(value, dict)]
+        size = len(tracked)
+        with self._engine._unbuilt_on_error():
+            try:
+                yield
+            except BaseException:
+                for variable in tracked[size:]:
+                    self._untrack_variable(variable)
+                for part, held in zip(parts, before, strict=True):
+                    part.clear()
+                    part.update(held)
+                for each, content in lists:
+                    if len(each) != len(content) or not all(map(is_, each, content)):
+                        each[:] = content
+                for table, items in tables:
+                    for key in table.keys() - items.keys():
+                        del table[key]
+                    for key in items:
+                        if table[key] is not items[key]:
+                            table[key] = items[key]
+                raise
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Create the state for these variables; the first step does it otherwise.
 
         Args:
-            var_list: list of variables.
+            var_list: list of variables. If it is empty, the optimizer is still to be built.
 
         Raises:
-            TypeError, ValueError: if a variable cannot be trained, or shares memory with another.
+            TypeError, ValueError: if a variable cannot be trained, or shares memory with another;
+                or if a setting is out of its range. The optimizer is as before then.
         """
         if self._engine.built:
             return
+        variables = list(var_list)
         with self._engine._building:  # one thread builds, and others find it built
             if self.built:
                 return
-            entries = self._engine.described(list(var_list))
-            super().build(list(var_list))
-            self._engine.adopt(*entries)
+            with self._unbuilt_on_error():
+                self._look_for_overrides()
+                self._engine._reread()
+                entries = self._engine.described(variables) if variables else None
+                super().build(variables)
+                if entries is None:
+                    self.built: bool = False
+                else:
+                    self._engine.adopt(*entries)
 
     def add_variable(
         self,
@@ -131,7 +196,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             TypeError, ValueError: if a gradient does not fit its variable, there is none at all,
                 or a variable is unknown. Nothing has been updated then.
         """
-        if not self._is_fused:
+        if self._overridden:
             super().apply(grads, trainable_variables)
             return
         grads = list(grads)
@@ -139,7 +204,6 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             return
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-            self.build(trainable_variables)
         elif self.built:
             trainable_variables = self._trainable_variables
         else:
@@ -147,7 +211,15 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
                 "`apply(grads)` without variables needs a built optimizer. Call "
                 "build(variables) first, or pass the variables."
             )
-        self._engine.step(grads, trainable_variables)
+        if self._engine.built:
+            self._engine.step(grads, trainable_variables)
+            return
+        with ExitStack() as stack:
+            with self._engine._building:
+                if not self.built:
+                    stack.enter_context(self._unbuilt_on_error())
+                self.build(trainable_variables)
+            self._engine.step(grads, trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """The Adam update of one variable: nothing is clipped, decayed, averaged or counted.
@@ -157,7 +229,10 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             variable: one of those the optimizer was built with.
             learning_rate: a number.
         """
-        self._engine.update_one(gradient, variable, native(learning_rate))
+        if self._concerns(keras.optimizers.Adam.update_step):
+            super().update_step(gradient, variable, learning_rate)
+        else:
+            self._engine.update_one(gradient, variable, native(learning_rate))
 
     def stateless_apply(
         self,
@@ -166,6 +241,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         trainable_variables: Sequence[Any],
     ) -> tuple[list[Any], list[Any]]:
         """A step as a function: nothing that is passed in changes, nor does the optimizer.
+
+        A step of no variables returns what it is given.
 
         Args:
             optimizer_variables: values for `variables`, in that order.
@@ -179,6 +256,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             ValueError: if the optimizer is not built, or a list has the wrong length; and always
                 on TensorFlow, as in Keras.
         """
+        if not len(grads) and not len(trainable_variables):
+            return [], list(map(native, optimizer_variables))
         if _IN_PLACE:
             optimizer_variables = list(map(_copied, optimizer_variables))
             trainable_variables = list(map(_copied, trainable_variables))
@@ -196,8 +275,10 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         Raises:
             ValueError: if a variable is unknown, or no step has been made.
         """
-        if self.use_ema:
-            self._engine.finalize_variable_values(var_list)
+        if self._concerns(keras.optimizers.Adam.finalize_variable_values):
+            super().finalize_variable_values(var_list)
+        elif self.use_ema:
+            self._engine.finalize_variable_values(list(var_list))
 
     def exclude_from_weight_decay(
         self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
@@ -271,6 +352,17 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
         super().__init__(learning_rate, *arguments, **settings)
 
 
+# By name, what Keras's optimizer is made of and may be overridden, as it is here.
+_HOOKS = {
+    name: inspect.getattr_static(Adam, name)
+    for kind in keras.optimizers.Adam.__mro__
+    for name, value in vars(kind).items()
+    if kind.__module__.startswith("keras.")
+    and not name.startswith("__")
+    and name not in _HONOURED
+    and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
+}
+
 # What help() and editors show.
 for _ours, _theirs in ((Adam, keras.optimizers.Adam), (AdamW, keras.optimizers.AdamW)):
     vars(_ours.__init__)["__signature__"] = inspect.signature(_theirs.__init__)
@@ -286,7 +378,7 @@ class _Engine(adam.Adam):
         self._owner = owner
         self._seen: list[Any] = [getattr(owner, name) for name in self._read_names]
         super().__init__(
-            lambda: native(owner._get_current_learning_rate()),
+            lambda: native(owner.learning_rate),
             **dict(zip(self._read_names, self._seen, strict=True)),
         )
 
@@ -299,14 +391,12 @@ class _Engine(adam.Adam):
             # One clip may take another's place: what is None now goes first.
             for i in sorted(changed, key=lambda i: now[i] is not None):
                 setattr(self, self._read_names[i], now[i])
-            self._seen = now
+                self._seen[i] = now[i]
 
     # --- building ---
 
     def described(self, variables: list[Any]) -> tuple[Any, list[Entry]]:
         """Entries for variables that may be built on; nothing is changed yet."""
-        if not variables:
-            raise ValueError("An optimizer needs at least one variable. Received: none.")
         backend = KerasVariables.over(variables)
         entries = [backend.describe(variable, _path(variable)) for variable in variables]
         backend.check_distinct(entries)
@@ -323,7 +413,6 @@ class _Engine(adam.Adam):
 
     def adopt(self, backend: Any, entries: list[Entry]) -> None:
         """Take over the state that Keras has created for these variables."""
-        self._reread()
         self._backend, self._entries = backend, tuple(entries)
         count = self._owner._iterations
         self._iteration = count if backend.holder is None else backend.holder(count)
@@ -390,6 +479,7 @@ class _Engine(adam.Adam):
 
     def update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Keras's `update_step`."""
+        self._entry(variable)
         self._reread()
         if _IN_PLACE:
             self._relocate()
@@ -397,7 +487,9 @@ class _Engine(adam.Adam):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """As in `Optimizer`."""
-        if _IN_PLACE:
+        if not var_list:
+            return
+        if _IN_PLACE and self.built:
             self._relocate()
         super().finalize_variable_values(var_list)
         if getattr(self._backend, "holder", None) is not None:

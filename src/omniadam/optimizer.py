@@ -287,7 +287,8 @@ class Optimizer(_Base):
 
         Args:
             variables: list of variables of one library, or a mapping from names to them. Names
-                are what state is kept under and what `exclude_from_weight_decay` matches.
+                are what state is kept under and what `exclude_from_weight_decay` matches. If
+                there are none, nothing is done, and the optimizer is still to be built.
 
         Raises:
             TypeError, ValueError: if a variable cannot be trained, shares memory with another, or
@@ -306,16 +307,18 @@ class Optimizer(_Base):
 
     def _build_or_check(self, variables: Any) -> None:
         if self.built:
-            given = _as_list(variables)
-            if [id(v) for v in given] != [id(e.key) for e in self._entries]:
+            if [id(v) for v in _as_list(variables)] != [id(e.key) for e in self._entries]:
                 raise ValueError(
                     f"This optimizer was built with {len(self._entries)} variables: "
                     f"{_names(self._entries)}. It cannot be built again with others; create a new "
                     "optimizer for them."
                 )
             return
+        given = variables if isinstance(variables, Mapping) else _as_list(variables)
+        if not given:
+            return
         with self._unbuilt_on_error():
-            self._build(*self._described(variables))
+            self._build(*self._described(given))
 
     @contextmanager
     def _unbuilt_on_error(self) -> Iterator[None]:
@@ -1044,8 +1047,9 @@ class Optimizer(_Base):
     ) -> tuple[list[Any], list[Any]]:
         """A step as a function: nothing that is passed in changes, nor does the optimizer.
 
-        In `jax.jit` with donation, let the function take variables and state in the order in which
-        it returns them: JAX pairs donated memory with results by order, and else copies it all.
+        A step of no variables returns what it is given. In `jax.jit` with donation, let the
+        function take variables and state in the order in which it returns them: JAX pairs donated
+        memory with results by order, and else copies it all.
 
         Args:
             optimizer_variables: values for `variables`, in that order.
@@ -1058,6 +1062,8 @@ class Optimizer(_Base):
         Raises:
             ValueError: if the optimizer is not built, or a list has the wrong length.
         """
+        if not len(grads) and not len(trainable_variables):
+            return [], list(optimizer_variables)
         if not self.built:
             raise ValueError(
                 "`stateless_apply` needs a built optimizer. Call build(variables) first."
