@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal, localcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -224,6 +227,44 @@ def test_the_same_numbers_as_torch(name: str, dtype: str) -> None:
                 one, other = opt.state[a][KEYS[slot]], torch_opt.state[b][KEYS[slot]]
                 assert one.dtype == other.dtype and one.stride() == other.stride()
                 assert apart(one, other, reference, slot, i, dtype) <= limit, (slot, i)
+
+
+def exact_numbers(grads: Sequence[float], lr: float, betas: tuple[float, float]) -> list[Decimal]:
+    """One parameter that begins at zero, by Algorithm 1 in 60 digits, with the updates' sizes."""
+    with localcontext() as context:
+        context.prec = 60
+        w = m = v = size = Decimal(0)
+        beta_1, beta_2 = map(Decimal, betas)
+        for t, g in enumerate(map(Decimal, grads), 1):
+            m, v = beta_1 * m + (1 - beta_1) * g, beta_2 * v + (1 - beta_2) * g * g
+            root = (v / (1 - beta_2**t)).sqrt()
+            update = Decimal(lr) * m / (1 - beta_1**t) / (root + Decimal("1e-8"))
+            w, size = w - update, size + abs(update)
+        return [w, size]
+
+
+@pytest.mark.parametrize("how", ["lr", "beta_2", "betas"])
+def test_where_torchs_own_numbers_are_further_from_exact_ones(how: str) -> None:
+    """In float64: a rate or betas that are float32 tensors, and a beta that is almost one."""
+    settings: dict[str, Any] = {
+        "lr": {"lr": torch.tensor(0.001)},
+        "beta_2": {"betas": (0.9, 0.9999999)},
+        "betas": {"betas": (torch.tensor(0.9), torch.tensor(0.999))},
+    }[how]
+    lr = float(settings.get("lr", 0.001))
+    betas = tuple(map(float, settings.get("betas", (0.9, 0.999))))
+    grads = [math.sin(i + 1.0) for i in range(10)]
+    exact, size = exact_numbers(grads, lr, betas)  # type: ignore[arg-type]
+    ulps = []
+    for module in (Adam, torch.optim.Adam):
+        p = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        opt = module([p], **settings)
+        for g in grads:
+            p.grad = torch.tensor(g, dtype=torch.float64)
+            opt.step()
+        error = abs(Decimal(p.item()) - exact) / size
+        ulps.append(float(error) / torch.finfo(torch.float64).eps)
+    assert ulps[0] <= FEW and ulps[1] > 1e4
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -1973,6 +2014,21 @@ second = Module()
 trainer(4).fit(second, data, ckpt_path="FOLDER/two.ckpt")
 assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
 assert not torch.equal(whole.layer.weight, start["layer.weight"])
+
+class Stepping(Module):  # the optimizer that is handed out is a wrapper
+    def on_train_epoch_end(self):
+        opt = self.optimizers()
+        for wrapped in (opt, opt.optimizer):
+            own = self.layer.weight.detach().clone()
+            with wrapped.averaged():
+                assert not torch.equal(self.layer.weight, own)
+                for each in (opt, opt.optimizer):
+                    try: each.step()
+                    except RuntimeError as error: assert "averages" in str(error)
+                    else: raise AssertionError("a step was made")
+            assert torch.equal(self.layer.weight, own)
+
+trainer(2).fit(Stepping(), data)
 """
 
 ACCELERATE = """
@@ -2016,12 +2072,23 @@ def test_trainers(code: str, tmp_path: Path) -> None:
 # --- What the documentation says -----------------------------------------------------------------
 
 
-def test_documentation() -> None:
-    """docs/torch.md is run by this test, the example too."""
+def documented(*, trainers: bool) -> str:
+    """The examples of docs/torch.md, those apart that are about what trains by itself."""
     text = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) >= 5
-    python("-W", "error", "-c", "\n".join(f"exec({code!r}, {{}})" for code in blocks))
+    found = [b for b in blocks if trainers == bool(re.search("import (accelerate|lightning)", b))]
+    assert len(found) >= (2 if trainers else 5)
+    return "\n".join(f"exec({code!r}, {{}})" for code in found)
+
+
+def test_documentation() -> None:
+    python("-W", "error", "-c", documented(trainers=False))
+
+
+@pytest.mark.needs("accelerate", "lightning")
+def test_documentation_of_trainers() -> None:
+    """They warn of each other's and of torch's versions."""
+    python("-c", documented(trainers=True))
 
 
 def test_example() -> None:

@@ -102,7 +102,9 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
     # What was given beside torch's own arguments. A pickle or a copy has it in `defaults`.
     _given: Mapping[str, Any] = {}
-    _is_averaged = False
+    # While parameters hold their averages: each with its own values. What wraps an optimizer in a
+    # class that inherits from both (Lightning) finds it here, unless it is a class's attribute.
+    _own: list[tuple[Tensor, Tensor]]
     # What the last step was prepared for: see `_forget`.
     _params: Sequence[Tensor] = ()
     _sizes: Sequence[int] = ()
@@ -144,6 +146,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         # What is not used is no part of the groups, which then have the keys of torch's own: a
         # checkpoint of one can be read into the other by whatever compares them.
         self._given = {k: v for k, v in _checked(given).items() if v != _EXTRAS[k].default}
+        self._own = []
         torch.optim.Adam.__init__(
             self,
             params,
@@ -224,7 +227,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         count = len(self.state)
         replaced: list[Replaced] = []
         try:
-            if self._is_averaged:
+            if self._own:
                 raise RuntimeError("The parameters hold averages: step outside of averaged().")
             is_skipped = found_inf is not None and _number("found_inf", found_inf) != 0.0
             scale = 1.0 if given is None else _number("grad_scale", given, unknown=1.0)
@@ -385,32 +388,29 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             >>> round(average - after, 4), model.weight.item() == after
             (0.05, True)
         """
-        if self._is_averaged:
+        if self._own:
             raise RuntimeError("The parameters hold their averages already.")
-        own: list[tuple[Tensor, Tensor]] = []
         try:
-            self._is_averaged = True
             for p, state in self.state.items():
                 if isinstance(p, Tensor) and "average" in state:
-                    own.append((p, p.detach().clone()))
+                    self._own.append((p, p.detach().clone()))
                     _write(p, state["average"])
             yield
         finally:
             try:
-                self._restore(own)
+                self._restore()
             finally:  # Ctrl-C may come there, too
-                self._restore(own)
+                self._restore()
 
-    def _restore(self, own: list[tuple[Tensor, Tensor]]) -> None:
+    def _restore(self) -> None:
         """Give parameters their own values; what has its own again is no longer in the list."""
         failed = None
-        while own:
+        while self._own:
             try:
-                _write(*own[-1])
+                _write(*self._own[-1])
             except Exception as error:  # of one, which may have another shape by now
                 failed = error
-            own.pop()
-        self._is_averaged = False
+            self._own.pop()
         if failed is not None:
             raise failed
 
@@ -441,6 +441,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             if isinstance(slots, dict):
                 slots.update({k: v.value for k, v in slots.items() if isinstance(v, _Kept)})
         super().__setstate__(state)
+        self.__dict__.setdefault("_own", [])
         self._forget()
 
 
