@@ -309,3 +309,83 @@ def test_slices_whose_indices_are_wrong(ids: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"ind[ie]"):
         opt.apply([tf.IndexedSlices(np.ones((2, 2)), ids, (4, 2))], [w])
     assert w.numpy().tolist() == np.ones((4, 2)).tolist() and not opt.built
+
+
+# --- averages ---
+
+
+@pytest.mark.parametrize("place", ["function", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_averages_in_a_function(dtype: str, place: str) -> None:
+    w, opt = tf.Variable(tf.ones(3, dtype)), Adam(0.1, use_ema=True)
+    opt.build([w])
+    end = PLACES[place](lambda: opt.finalize_variable_values([w]))
+    end()
+    assert w.numpy().tolist() == [1.0, 1.0, 1.0]  # there is no average yet
+    for _ in range(2):
+        opt.apply([tf.constant(G)], [w])
+    end()
+    (average,) = [v for name, v in opt.named_variables().items() if "average" in name]
+    np.testing.assert_array_equal(w, tf.cast(average, dtype))
+
+
+# --- norms ---
+
+CLIPS = ("clipnorm", "global_clipnorm")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("size", [1e20, 1e-30])
+def test_norms_neither_overflow_nor_underflow(size: float, clip: str, place: str) -> None:
+    w, opt = tf.Variable(tf.ones(300)), Adam(0.1, **{clip: size / 10})
+    g = tf.constant(np.full(300, size, np.float32))
+    PLACES[place](lambda: opt.apply([g], [w]))()
+    want = 0.1 * size / 10 / np.sqrt(300)
+    np.testing.assert_allclose(opt.get_weights()[2].astype(float), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("form", ["xla", "parts", "bfloat16", "sparse", "accumulated", "replicas"])
+def test_a_large_norm(form: str, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {clip: 1.0}
+    if form in ("xla", "parts"):
+        monkeypatch.setattr(backend.TensorFlow, "jit_compile", True)
+    if form == "parts":
+        monkeypatch.setattr(backend, "_PART", 8)
+    if form == "accumulated":
+        settings["gradient_accumulation_steps"] = 2
+    dtype = "bfloat16" if form == "bfloat16" else "float32"
+    g: Any = tf.fill([20, 2], tf.constant(1e20, dtype))
+    if form == "sparse":
+        g = tf.IndexedSlices(g, tf.range(20), (20, 2))
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"]) if form == "replicas" else None
+    with strategy.scope() if strategy else tf.init_scope():
+        w, other = (tf.Variable(tf.ones((20, 2), dtype)) for _ in range(2))
+        opt = Adam(0.1, **settings)
+
+    def step() -> None:
+        opt.apply([g, g], [w, other])
+
+    for _ in range(2 if form == "accumulated" else 1):
+        if strategy:
+            tf.function(lambda: strategy.run(step))()
+        else:
+            step()
+    want = 0.1 / np.sqrt(40 if clip == "clipnorm" else 80)
+    momentum = opt.named_variables()["Variable_momentum"]
+    np.testing.assert_allclose(momentum.numpy(), np.full((20, 2), want), rtol=1e-4)
+    np.testing.assert_allclose(w.numpy().astype(float), 0.9, rtol=1e-2)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_the_derivative_of_a_clipped_step_at_zero(clip: str) -> None:
+    opt, w = Adam(0.1, **{clip: 1.0}), tf.Variable(tf.ones(2))
+    opt.build([w])
+    for x in (0.0, 0.5):
+        x = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            (new,), _ = opt.stateless_apply(opt.variables, [tf.stack([x, x])], [w.read_value()])
+            loss = tf.reduce_sum(new)
+        assert np.isfinite(tape.gradient(loss, x).numpy())

@@ -1148,16 +1148,19 @@ class Optimizer(_Base):
                 done.
 
         Raises:
-            ValueError: if a variable is unknown.
+            ValueError: if a variable is unknown, or no step has been made. In a function that is
+                traced, variables then stay what they are.
         """
         if not self.use_ema:
             return
         entries = [self._entry(variable) for variable in _as_list(var_list)]
-        if self._calls() == 0:
+        calls, backend = self._calls(), self._backend
+        assert backend is not None
+        if not backend.is_traced(calls) and calls == 0:
             raise ValueError("There is no moving average before the first step.")
         for entry in entries:
             if not entry.replaced:
-                self._assign(entry.variable, entry.average)
+                backend.overwrite(entry, calls)
 
     # --- state ---
 

@@ -155,6 +155,14 @@ class Backend(ABC):
     def rate(self, value: Any) -> Any:
         """A learning rate that a schedule or callable returned, checked as far as it is known."""
 
+    def is_traced(self, value: Any) -> bool:
+        """Whether a value is known only when the function runs that is traced now."""
+        return False
+
+    def overwrite(self, entry: Entry, calls: Any) -> None:
+        """Set a variable to its average, once there have been calls."""
+        self.assign(entry.variable, entry.average)
+
     def has(self, variable: Any) -> bool:
         """Whether it is a state variable that `create` could have made."""
         return False

@@ -98,6 +98,14 @@ class Functional(Backend):
     def value(self, variable: Any) -> Any:
         return self.read(variable)
 
+    def overwrite(self, entry: Entry, calls: Any) -> None:
+        if not self.is_traced(calls):
+            super().overwrite(entry, calls)
+            return
+        average = self.arrays.cast(self.read(entry.average), entry.dtype)
+        value = self.arrays.where(calls, average, self.read(entry.variable))
+        self.assign(entry.variable, value)
+
     def present(self, variable: Any) -> Any:
         return self.read(variable)
 

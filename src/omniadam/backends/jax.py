@@ -348,6 +348,9 @@ class JAX(Functional):
             return variable._refs._buf
         return self.load(variable)
 
+    def is_traced(self, value: Any) -> bool:
+        return isinstance(value, Tracer)
+
     def count(self, variable: Any) -> Any:
         counts, self._here.counts = self._here.counts, None
         found = None if counts is None else counts.get(id(variable))

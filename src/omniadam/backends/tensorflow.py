@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
@@ -35,7 +35,7 @@ try:  # Not public, and only there to be fast.
 except ImportError:  # pragma: no cover
 
     def _is_for_xla(graph: Any) -> bool:
-        return False
+        return True  # for which norms are slower, and exact everywhere
 
 
 Step = Callable[[Selection, Any, Any, Any], None]
@@ -64,7 +64,11 @@ class Scalars(Numbers):
 
     @staticmethod
     def sqrt(x: Any) -> Any:
-        return tf.sqrt(x) if _is_tensor(x) else math.sqrt(x)
+        if not _is_tensor(x):
+            return math.sqrt(x)
+        # At zero the derivative is taken to be zero: infinity times nothing would be NaN.
+        is_positive = x > 0
+        return tf.where(is_positive, tf.sqrt(tf.where(is_positive, x, 1.0)), x)
 
     @staticmethod
     def expm1(x: Any) -> Any:
@@ -113,6 +117,18 @@ def _in_xla() -> bool:
     return _by_xla.get() or bool(_is_for_xla(tf.compat.v1.get_default_graph()))
 
 
+def _least(gradient: Any) -> float:
+    """The sum of squares above which those that underflow do not count."""
+    info: Any = np.finfo(gradient.dtype.as_numpy_dtype)
+    size: int = math.prod(gradient.shape)
+    return size * 4.0 * float(info.tiny) / float(info.eps)
+
+
+def _in_double(gradients: Sequence[Any]) -> Any:
+    """Sums of squares that do neither overflow nor underflow, of what is float32."""
+    return tf.stack([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in gradients])
+
+
 _LANES = 128
 
 
@@ -156,9 +172,7 @@ class TensorFlow(Functional):
     def __init__(self, variables: Sequence[Any] = ()) -> None:
         super().__init__()
         first = variables[0] if variables else None
-        self._strategy: Any = (
-            getattr(first, "distribute_strategy", None) if _is_distributed(first) else None
-        )
+        self._strategy: Any = _strategy_of(first)
         self._home = getattr(first, "device", None)  # where state lies that belongs to no variable
 
     @classmethod
@@ -183,7 +197,7 @@ class TensorFlow(Functional):
             raise TypeError(f"{what} must be float16, bfloat16, float32 or float64.")
         if not variable.shape.is_fully_defined():
             raise ValueError(f"{what} must have a fixed shape. Create it with one.")
-        if _is_distributed(variable) != (self._strategy is not None):
+        if _strategy_of(variable) is not self._strategy:
             raise ValueError(
                 f"{what} and the first variable must be of one tf.distribute.Strategy, or of none. "
                 "Create all of them under strategy.scope()."
@@ -221,9 +235,12 @@ class TensorFlow(Functional):
     def untraced(self) -> Any:
         return tf.init_scope()
 
+    def is_traced(self, value: Any) -> bool:
+        # In a graph of TensorFlow 1 what is done at once is done in a session.
+        return bool(tf.is_symbolic_tensor(value)) and not _in_graph_of_1()
+
     def has(self, variable: Any) -> bool:
-        is_distributed = _is_distributed(variable)
-        return isinstance(variable, tf.Variable) and is_distributed == (self._strategy is not None)
+        return isinstance(variable, tf.Variable) and _strategy_of(variable) is self._strategy
 
     def _new(self, value: Callable[[], Any], dtype: str, near: Any, **arguments: Any) -> Any:
         if tf.inside_function() and not _is_ordered():
@@ -527,6 +544,21 @@ class TensorFlow(Functional):
         assert call is not None
         self._flush(call)
 
+    def square_sums(
+        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
+    ) -> list[Any]:
+        applied = self._applied(kind, selection, gradients, pass_c)
+        sums = tf.stack([self.arrays.sum_of_squares(g) for g in applied])
+        # Squares of float32 overflow at 1e19, and lose digits below 1e-16: seldom.
+        least = [_least(g) for g in applied]
+        is_exact = tf.reduce_all(tf.math.is_finite(sums) & (sums >= least))
+        exactly = partial(_in_double, applied)
+        if tf.is_symbolic_tensor(is_exact):
+            sums = tf.cond(is_exact, lambda: sums, exactly)
+        elif not is_exact:
+            sums = exactly()
+        return list(tf.unstack(sums, num=len(applied)))
+
     def sweep(
         self,
         kind: Pass,
@@ -814,6 +846,12 @@ _shape_of: Callable[[Any], Any] = getattr(
 _dtype_of: Callable[[Any], Any] = getattr(
     _EagerTensor, "_datatype_enum", lambda tensor: tensor.dtype.as_datatype_enum
 )
+
+
+def _strategy_of(variable: Any) -> Any:
+    """The `tf.distribute.Strategy` that a variable is distributed by; None for other variables."""
+    is_variable = isinstance(variable, tf.Variable)
+    return getattr(variable, "distribute_strategy", None) if is_variable else None
 
 
 def _is_distributed(value: Any) -> bool:
