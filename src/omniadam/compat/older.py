@@ -269,7 +269,7 @@ class Older:
             )
         if not weights:
             return
-        count = options.count("iterations", _host(weights[0]))
+        count = options.count("iterations` of the weights, `weights[0]", _host(weights[0]))
         if engine._backend is None:
             slots = [_host(value) for value in weights[1:]]
             for i, (value, variable) in enumerate(zip(slots, variables[1:], strict=True), 1):
