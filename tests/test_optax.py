@@ -803,9 +803,11 @@ def test_gradients_that_do_not_fit() -> None:
     state = solver.init(params)
     with pytest.raises(ValueError, match=r"\"\['a'\]\".*\(3,\).*\(2, 3\)"):
         solver.update({"a": jnp.ones(3)}, state)
-    for wrong in ({"b": jnp.ones((2, 3))}, {"a": None}, [jnp.ones((2, 3))]):
-        with pytest.raises(ValueError):
+    for wrong in ({"b": jnp.ones((2, 3))}, {"a": None}, [jnp.ones((2, 3))], {}):
+        with pytest.raises(ValueError, match="a tree like the parameters"):
             solver.update(wrong, state)
+    with pytest.raises(ValueError, match="a tree like the parameters"):
+        solver.update(params, solver.init({"a": None}))
     with pytest.raises(ValueError, match="params"):
         adamw(0.1).update(params, adamw(0.1).init(params))
 

@@ -164,8 +164,8 @@ def scale_by_adam(
         An `optax.GradientTransformation`, whose updates are to be subtracted.
 
     Raises:
-        ValueError: if a setting is out of its range; of `update`, if a gradient has another shape
-            than its state.
+        ValueError: if a setting is out of its range; of `update`, if the gradients have other
+            shapes or another tree than the state.
         TypeError: as of `adam`.
 
     Example:
@@ -244,9 +244,17 @@ def scale_by_adam(
             )
 
         leaves, tree = jax.tree.flatten_with_path(updates)
-        moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
+        for moments in (state.mu, state.nu):
+            if jax.tree.structure(moments) != tree:
+                raise ValueError(
+                    "The gradients must be a tree like the parameters that the state was made for. "
+                    f"Received a tree {tree}, and state for {jax.tree.structure(moments)}."
+                )
         new = [
-            direction(path, g, mu, nu) for (path, g), mu, nu in zip(leaves, *moments, strict=True)
+            direction(path, g, mu, nu)
+            for (path, g), mu, nu in zip(
+                leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True
+            )
         ]
         directions, mu, nu = (tree.unflatten([each[i] for each in new]) for i in range(3))
         return directions, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
