@@ -562,6 +562,17 @@ def test_set_weights_errors() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(before, opt.get_weights(), strict=True))
 
 
+def test_a_copy_has_a_moment_that_began_otherwise() -> None:
+    grads, params = ones(LIBRARIES["numpy"], (2,), (3,))
+    opt = Adam(0.1)
+    opt.add_slot(params[0], "m", "ones")
+    other, others = copy.deepcopy(opt), [w.copy() for w in params]
+    for each, those in ((opt, params), (other, others)):
+        each.apply_gradients([(grads[0], those[0])])
+        np.testing.assert_allclose(each.get_slot(those[0], "m"), [1.0, 1.0])
+    np.testing.assert_array_equal(params[0], others[0])
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_a_copy_has_the_weights(again: Callable[[Adam], Adam]) -> None:
     """They are there before it sees a variable, and so is what they are set to."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,33 @@ def test_what_no_constraint_of_get_updates_may_return(library: str) -> None:
     assert not any(np.any(x) for x in opt.get_weights())
 
 
+@pytest.mark.parametrize("how", ["constrained", "traced"])
+def test_an_interrupted_step_is_made_or_not(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it comes in what is done from Python."""
+    w, other, opt = constrained(), constrained(), Adam(0.1)
+    if how == "traced":
+        w, other = (tf.Variable(tf.ones(3)) for _ in range(2))
+    gradients = [tf.constant(G), tf.constant(G)]
+    opt.apply(gradients, [w, other])
+    before = [w.numpy(), other.numpy(), *opt.get_weights()]
+    store, left = backend.TensorFlow.store, [0]
+
+    def interrupted(self: Any, variable: Any, value: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return store(self, variable, value)
+
+    monkeypatch.setattr(backend.TensorFlow, "store", interrupted)
+    for left[0] in range(1, 8 if how == "constrained" else 1):
+        with pytest.raises(KeyboardInterrupt):
+            opt.apply(gradients, [w, other])
+        for now, then in zip([w, other, *opt.get_weights()], before, strict=True):
+            np.testing.assert_array_equal(now, then)
+    opt.apply(gradients, [w, other])
+    assert opt.iterations == 2
+
+
 # --- checkpoints ---
 
 
@@ -261,6 +290,55 @@ def test_a_checkpoint_on_replicas(tmp_path: Path) -> None:
     step()
     status.expect_partial()
     assert int(opt.iterations) == 4 and float(opt.learning_rate) == 0.01
+
+
+CENTRAL = """
+import numpy as np, tensorflow as tf, tf_keras
+import omniadam
+from omniadam.compat import optimizer_v2
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+SETTINGS = [{}, {"amsgrad": True}]
+
+def trained(kind, settings):
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
+    with strategy.scope():
+        w, opt = tf.Variable([1.0, -2.0, 3.0]), kind(0.1, **settings)
+
+    def on_one():
+        i = tf.distribute.get_replica_context().replica_id_in_sync_group
+        g = (w + 0.0) * (0.25 + 0.5 * tf.cast(i, tf.float32))
+        return opt.apply_gradients([(g, w)])
+
+    step = tf.function(lambda: (strategy.run(on_one), 0)[1])
+    for _ in range(5):
+        step()
+    if kind is omniadam.Adam:
+        assert int(opt.iterations) == 5
+    return w.numpy()
+
+for settings in SETTINGS:
+    want = trained(tf_keras.optimizers.legacy.Adam, settings)
+    for kind in (omniadam.Adam, optimizer_v2.Adam):
+        np.testing.assert_allclose(trained(kind, settings), want, rtol=2e-5)
+strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
+with strategy.scope():
+    w, opt = tf.Variable([1.0, 2.0]), omniadam.Adam(0.1, use_ema=True, global_clipnorm=1.0)
+tf.function(lambda: strategy.run(lambda: opt.apply([tf.fill([2], 1e20)], [w])))()
+np.testing.assert_allclose(w, [0.9, 1.9], rtol=1e-5)
+print("all is well")
+"""
+
+
+@pytest.mark.needs("tf_keras")
+def test_central_storage(tmp_path: Path) -> None:
+    """The numbers are those of the original."""
+    script = tmp_path / "script.py"
+    script.write_text(CENTRAL, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "all is well" in done.stdout, done.stderr
 
 
 # --- slices ---

@@ -424,12 +424,25 @@ class TensorFlow(Functional):
             has_turn=has_turn,
         )
         changed = [cell for key, cell in cells.items() if key in stored]
-        # If computing a gradient is an error, nothing is to be stored, the count neither.
-        is_checked = how or tf.executing_eagerly()
-        with nullcontext() if is_checked else tf.control_dependencies(gradients):
+        if tf.executing_eagerly():
+            self._store_all(changed)
+        else:
+            # If computing a gradient is an error, nothing is to be stored, the count neither.
+            with nullcontext() if how else tf.control_dependencies(gradients):
+                for variable, value in changed:
+                    self.store(variable, value)
+        return {id(v): value for v, value in changed if value.dtype.is_integer}
+
+    def _store_all(self, changed: Sequence[tuple[Any, Any]]) -> None:
+        """Or nothing, if this is interrupted."""
+        before = [(variable, self.load(variable)) for variable, _ in changed]
+        try:
             for variable, value in changed:
                 self.store(variable, value)
-        return {id(v): value for v, value in changed if value.dtype.is_integer}
+        except BaseException:
+            for variable, value in before:
+                self.store(variable, value)
+            raise
 
     def _run_eagerly(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any

@@ -177,10 +177,11 @@ class Engine(Adam):
         return super().__getstate__() | {"_names_of_slots": held or self._names_of_slots}
 
     def put_slot(self, entry: Entry, position: int, slot: Any) -> None:
-        """Keep another variable as a slot."""
+        """Keep another variable as a slot, under the name and in the place of the former."""
         slots = list(entry.slots)
-        self._state = [each for each in self._state if each[1] is not slots[position]]
-        slots[position] = slot
+        former, slots[position] = slots[position], slot
+        held = [each for each in self._state if each[1] is not slot]
+        self._state = [(name, slot if each is former else each) for name, each in held]
         entry.slots = tuple(slots)
         self._forget()
 

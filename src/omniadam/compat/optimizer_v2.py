@@ -98,7 +98,7 @@ class Adam(Older):
         beta_1: 0 <= number < 1, the decay rate of the 1st moment; or a tensor, or a callable.
         beta_2: likewise, of the 2nd moment.
         epsilon: a number > 0, a tensor or a callable: "epsilon hat" of the paper. As in TensorFlow,
-            0 and None stand for 1e-7.
+            0 and None, where they are given themselves, stand for 1e-7.
         amsgrad: whether to divide by the largest 2nd moment so far.
         name: of the operations that apply gradients.
         **kwargs: `clipvalue`, each element of a gradient is clipped to +- it; then `clipnorm`, each
