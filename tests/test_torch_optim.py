@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -1087,6 +1088,58 @@ def test_a_model_is_planned_without_memory(where: str, settings: Any) -> None:
             with FakeTensorMode():
                 found.append(planned(module, settings, "cpu" if where == "fake" else "meta"))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_step_that_is_traced(mode: str) -> None:
+    """It is in the graph, which then steps what it is given."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def stepped(w: Any, g: Any) -> Any:
+        p = w.clone()
+        p.grad = g
+        Adam([p], lr=0.1, amsgrad=True, weight_decay=0.5).step()
+        return p
+
+    graph = make_fx(stepped, tracing_mode=mode)(torch.ones(3), torch.ones(3))
+    w, g = torch.randn(3), torch.randn(3)
+    assert_near([graph(w, g)], [stepped(w, g)])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_watches_torch_sees_a_step(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the steps before and after it are as they were, on the kernels."""
+    if not known:
+        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    ends = []
+    for module in (Adam, torch.optim.Adam):
+        params = weights((3,), (2, 2))
+        opt = module(params, lr=0.1)
+        for step in range(6):
+            give(params, step)
+            with Recorded() if step % 3 == 1 else contextlib.nullcontext() as recorded:
+                opt.step()
+            assert recorded is None or [n for n in recorded.names if "sqrt" in n]
+            if module is Adam:
+                kinds = {type(bucket.backend) for bucket in opt._buckets}
+                watched = recorded is not None or not known
+                assert kinds == {backend.TorchDevice if watched else backend.TorchMemory}
+        assert opt.state[params[0]]["step"] == 6
+        ends.append(params)
+    assert_near(*ends)
+
+
+def test_real_tensors_do_not_change_while_a_step_is_planned() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    params = weights()
+    opt = Adam(params)
+    run(params, opt, range(2))
+    before = copy.deepcopy([params, opt.state_dict()["state"]])
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="no memory"):
+        opt.step()
+    assert_same([params, opt.state_dict()["state"]], before)
+    run(params, opt, range(2, 3))
 
 
 @pytest.mark.parametrize("name", EXTRAS)

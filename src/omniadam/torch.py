@@ -106,6 +106,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     # class that inherits from both (Lightning) finds it here, unless it is a class's attribute.
     _own: list[tuple[Tensor, Tensor]]
     # What the last step was prepared for: see `_forget`.
+    _is_watched: bool | None = None
     _params: Sequence[Tensor] = ()
     _sizes: Sequence[int] = ()
     _absent: Sequence[bool] = ()
@@ -274,8 +275,13 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         params = [p for group in groups for p in group["params"]]
         gradients = [p.grad for p in params]
         absent = [g is None for g in gradients]
-        if sizes != self._sizes or not all(map(is_, params, self._params)):
-            self._sizes, self._params = sizes, params
+        is_watched = _is_watched()
+        if (
+            sizes != self._sizes
+            or not all(map(is_, params, self._params))
+            or is_watched is not self._is_watched
+        ):
+            self._sizes, self._params, self._is_watched = sizes, params, is_watched
             self._meshes, self._are_flat = sharded.meshes(params), sharded.may_be_flat(params)
             self._buckets, self._absent = _buckets(params, sizes), ()
         if absent != self._absent:
@@ -301,7 +307,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         return work
 
     def _forget(self) -> None:
-        for name in ("_params", "_sizes", "_absent", "_buckets", "_meshes", "_are_flat"):
+        for name in _PREPARED:
             self.__dict__.pop(name, None)
 
     def _is_initialisation(self) -> bool:
@@ -446,6 +452,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
 
 _STEP = Adam.step
+_PREPARED = ("_is_watched", "_params", "_sizes", "_absent", "_buckets", "_meshes", "_are_flat")
 
 
 def _write(variable: Tensor, value: Tensor) -> None:
@@ -671,6 +678,21 @@ class _Listener:
 # --- what steps together ---
 
 
+def _is_watched() -> bool:
+    """Whether what torch does is traced, planned or counted by a TorchDispatchMode.
+
+    It would not see what a kernel does: torch's own functions make the step then.
+    """
+    try:
+        return bool(torch._C._len_torch_dispatch_stack())
+    except AttributeError:  # it is no public interface
+        return True
+
+
+def _over(variables: Sequence[Tensor]) -> Any:
+    return TorchDevice() if _is_watched() else Torch.over(variables)
+
+
 class _Bucket:
     """Parameters of one group that have made the same number of steps, and make the next together.
 
@@ -718,7 +740,7 @@ class _Bucket:
             key, entry = None, None
             if not self.is_absent or state.get(p):
                 entry = _entry(p, names[id(p)], state, group, self._names, replaced)
-                backend = type(Torch.over([entry.variable]))
+                backend = type(_over([entry.variable]))
                 key = backend, entry.slot_dtype, _count(state[p]["step"])
             indices, entries = parts.setdefault(key, ([], []))
             indices.append(k)
@@ -741,15 +763,16 @@ class _Bucket:
         self._tensors = list(map(sharded.local, self._reached()))
         self._places, self._looks = self._placed(), list(map(sharded.looks, self.params))
         steps = [each["step"] for each in self._states]
-        self._steps = list(filter(_is_plain, steps))
-        self._unreachable = [step for step in steps if not _is_plain(step)]
+        is_watched = _is_watched()
+        self._unreachable = [step for step in steps if is_watched or not _is_plain(step)]
+        self._steps = [] if is_watched else list(filter(_is_plain, steps))
         self._count_places = list(map(Tensor.data_ptr, self._steps))
         self._counts = [step.numpy() for step in self._steps]
         self._t = _count(steps[0])
         self._ts = [self._t] * len(self._counts)
         self._is_double = entries[0].slot_dtype == "float64"
         self._variables = [entry.variable for entry in entries]
-        self._backend: Any = Torch.over(self._variables)
+        self._backend: Any = _over(self._variables)
         self._selection = Selection(tuple(entries), ())
         self._idle = Selection((), tuple(entries))
 
@@ -942,7 +965,7 @@ def _entry(
     `known` are the names of what the last step kept, if there was one: that may not be missing.
     """
     variable = sharded.inner(p)
-    entry = Torch.over([variable]).describe(variable, name)
+    entry: Entry = _over([variable]).describe(variable, name)
     names, held = _slot_names(group), state[p]
     _check_complete(held, (*_OWN, *known), name)
     replaced.append((held, dict(held)))

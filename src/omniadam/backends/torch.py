@@ -319,7 +319,8 @@ def _has_memory(tensor: Tensor) -> bool:
         return True
     try:
         # Inside a transformation detach() wraps an ordinary tensor, too.
-        address, held = tensor.detach().data_ptr(), tensor.untyped_storage().nbytes()
+        inner, held = tensor.detach(), tensor.untyped_storage().nbytes()
+        address = inner.data_ptr() if _is_plain(inner) else 0
     except (RuntimeError, NotImplementedError):
         return False
     end = tensor.storage_offset() + _reach(tensor)
