@@ -467,3 +467,15 @@ def test_the_derivative_of_a_clipped_step_at_zero(clip: str) -> None:
             (new,), _ = opt.stateless_apply(opt.variables, [tf.stack([x, x])], [w.read_value()])
             loss = tf.reduce_sum(new)
         assert np.isfinite(tape.gradient(loss, x).numpy())
+
+
+@pytest.mark.parametrize("form", ["dense", "values", "indices"])
+def test_what_is_masked(form: str) -> None:
+    w, opt = tf.Variable(tf.ones((2, 2))), Adam(0.1)
+    g, ids = np.ma.masked_array(np.ones((2, 2)), np.eye(2)), np.ma.masked_array([0, 1], [1, 0])
+    slices = tf.IndexedSlices(
+        *((g, [0, 1]) if form == "values" else (np.ones((2, 2)), ids)), (2, 2)
+    )
+    with pytest.raises(TypeError, match="must not be masked"):
+        opt.apply([g if form == "dense" else slices], [w])
+    assert w.numpy().tolist() == np.ones((2, 2)).tolist()

@@ -453,6 +453,8 @@ class _Engine(adam.Adam):
             )
         self._reread()
         self._apply(grads, variables)
+        assert self._backend is not None
+        self._backend.check_run()
 
     def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
         backend = self._backend

@@ -38,8 +38,8 @@ class IndexedSlices:
     __slots__ = ("dense_shape", "indices", "values")
 
     def __init__(self, values: Any, indices: Any, dense_shape: Any) -> None:
-        self.values: npt.NDArray[Any] = _unmasked("values", values)
-        self.indices: npt.NDArray[Any] = _unmasked("indices", indices)
+        self.values: npt.NDArray[Any] = unmasked("values", values)
+        self.indices: npt.NDArray[Any] = unmasked("indices", indices)
         self.dense_shape: tuple[int, ...] = tuple(operator.index(n) for n in dense_shape)
         _check(self)
 
@@ -90,7 +90,7 @@ class IndexedSlices:
         return rows[is_first], np.ascontiguousarray(sums)
 
 
-def _unmasked(name: str, given: Any) -> npt.NDArray[Any]:
+def unmasked(name: str, given: Any) -> npt.NDArray[Any]:
     """An array of what was given: it would lose a mask without a word."""
     parts = given if isinstance(given, (list, tuple)) else [given]
     if any(isinstance(part, np.ma.MaskedArray) for part in parts):
@@ -102,8 +102,8 @@ def _unmasked(name: str, given: Any) -> npt.NDArray[Any]:
 
 
 def _check(g: IndexedSlices) -> None:
-    _unmasked("values", g.values)
-    _unmasked("indices", g.indices)
+    unmasked("values", g.values)
+    unmasked("indices", g.indices)
     # The bfloat16 of ml_dtypes is none of NumPy's own floats.
     if not (np.issubdtype(g.values.dtype, np.floating) or g.values.dtype.name == "bfloat16"):
         raise TypeError(

@@ -112,6 +112,7 @@ class KerasVariables(Backend):
         for entry in entries:
             if entry.key.constraint is not None:
                 entry.key.assign(entry.key.constraint(native(entry.key)))
+                self.check_run()
 
     def differentiate(
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from .. import options, versions
 from ..rule import Pass, RuleKey
+from ..sparse import unmasked
 from .base import FLOATS, HALVES, Entry, Selection, received, takes_arguments
 from .functional import Cells, Functional
 from .host import Numbers
@@ -336,8 +337,12 @@ class TensorFlow(Functional):
             gradient = self._strategy.reduce(tf.distribute.ReduceOp.SUM, gradient, axis=None)
         if isinstance(gradient, tf.IndexedSlices):
             values, indices = gradient.values, gradient.indices
-            gradient = tf.IndexedSlices(_tensor(values), _tensor(indices), gradient.dense_shape)
+            gradient = tf.IndexedSlices(
+                _tensor("values", values), _tensor("indices", indices), gradient.dense_shape
+            )
         if isinstance(gradient, (tf.Variable, np.ndarray, np.generic)):
+            if isinstance(gradient, np.ma.MaskedArray):
+                raise TypeError(f"{who} must not be masked, of numpy.ma. Fill it: g.filled(0).")
             if getattr(gradient.dtype, "kind", "f") in "OSUM":
                 raise TypeError(
                     f"{who} must hold real numbers. Received dtype {gradient.dtype}. {expected}"
@@ -908,13 +913,11 @@ def _session(variable: Any) -> Any:
     return session
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(name: str, value: Any) -> Any:
     """Values or indices of `tf.IndexedSlices`, which may be anything that holds numbers."""
     if _is_tensor(value):
         return value
-    if isinstance(value, (list, tuple)):
-        value = np.asarray(value)
-    return tf.convert_to_tensor(value)
+    return tf.convert_to_tensor(value if isinstance(value, tf.Variable) else unmasked(name, value))
 
 
 def _sum_of_slices(slices: Any, entry: Entry, who: str, expected: str) -> Any:
