@@ -1861,6 +1861,32 @@ def test_state_that_shares_memory(place: str) -> None:
         opt.step()
 
 
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_a_count_of_two_parameters(in_groups: bool, place: str) -> None:
+    params = weights((3,), (3,))
+    opt = Adam([{"params": [p]} for p in params] if in_groups else params)
+    run(params, opt, range(1))
+    opt.state[params[1]]["step"] = opt.state[params[0]]["step"]
+    before = copy.deepcopy([params, opt.state_dict()["state"]])
+    with pytest.raises(ValueError, match="count of its own"):
+        opt.step()
+    assert_same([params, opt.state_dict()["state"]], before)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # each value is copied by itself
+    run(params, opt, range(1, 2))
+    assert [opt.state[p]["step"].item() for p in params] == [2, 2]
+
+
+def test_a_parameter_without_a_name_in_a_named_group() -> None:
+    ends = []
+    for module in (Adam, torch.optim.Adam):
+        params = weights((3,), (2,))
+        opt = module([("a", params[0])], lr=0.1)
+        opt.param_groups[0]["params"].append(params[1])
+        run(params, opt, range(2))
+        ends.append(params)
+    assert_near(*ends)
+
+
 def test_parts_of_one_memory_that_do_not_overlap() -> None:
     """Columns of a matrix lie between each other, and share nothing."""
     ends = []

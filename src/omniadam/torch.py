@@ -733,8 +733,7 @@ class _Bucket:
         """The bucket by the state that its parameters have now, parted by what must be alike."""
         if self.is_current(state, group):
             return [self]
-        own = group["params"]
-        names = dict(zip(map(id, own), group.get("param_names") or _numbered(own), strict=True))
+        names = dict(zip(map(id, group["params"]), _names(group), strict=True))
         parts: dict[Any, tuple[list[int], list[Entry]]] = {}
         for k, p in enumerate(self.params):
             key, entry = None, None
@@ -766,7 +765,7 @@ class _Bucket:
         is_watched = _is_watched()
         self._unreachable = [step for step in steps if is_watched or not _is_plain(step)]
         self._steps = [] if is_watched else list(filter(_is_plain, steps))
-        self._count_places = list(map(Tensor.data_ptr, self._steps))
+        self.count_places = list(map(Tensor.data_ptr, self._steps))
         self._counts = [step.numpy() for step in self._steps]
         self._t = _count(steps[0])
         self._ts = [self._t] * len(self._counts)
@@ -802,7 +801,7 @@ class _Bucket:
         return (
             all(map(is_, tensors, self._tensors))
             # Its `data` may have been replaced, as it is to move state to another device.
-            and list(map(Tensor.data_ptr, self._steps)) == self._count_places
+            and list(map(Tensor.data_ptr, self._steps)) == self.count_places
             and list(map(np.ndarray.item, self._counts)) == self._ts
             and self._placed() == self._places
         )
@@ -910,8 +909,11 @@ class _Bucket:
 _NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
 
 
-def _numbered(params: Sequence[Tensor]) -> list[str]:
-    return [f"params[{i}]" for i in range(len(params))]
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """What errors call the parameters; some may have been put into the group without a name."""
+    given = group.get("param_names") or ()
+    numbers = range(len(group["params"]))
+    return [str(given[i]) if i < len(given) else f"params[{i}]" for i in numbers]
 
 
 def _buckets(params: list[Tensor], sizes: Sequence[int]) -> list[_Bucket]:
@@ -931,6 +933,12 @@ def _check_distinct(buckets: Sequence[_Bucket]) -> None:
         # In one bucket, what lies in the host's memory was compared as it was gathered.
         if len(found) > (kind is TorchMemory):
             kind().check_distinct([entry for bucket in found for entry in bucket.entries])
+    counts = [place for bucket in buckets for place in bucket.count_places]
+    if len(set(counts)) < len(counts):
+        raise ValueError(
+            "Each parameter must have a count of its own in the state. Received one tensor 'step' "
+            "of two parameters, which would be counted twice or once. Pass clone() of it."
+        )
     for bucket in buckets:
         bucket.has_moved = False
 
@@ -1065,8 +1073,7 @@ def _prepared(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | No
     saved = _matched(own, saved)
     state = dict(state_dict["state"])
     for group, s in zip(own, saved, strict=True):
-        names = s.get("param_names") or _numbered(s["params"])
-        for p, key, name in zip(group["params"], s["params"], names, strict=True):
+        for p, key, name in zip(group["params"], s["params"], _names(s), strict=True):
             if key in state:
                 # What the state's own groups say that they keep.
                 _check_complete(state[key], _slot_names(s), str(name))
