@@ -544,12 +544,34 @@ COMPOSED: dict[str, Callable[[Any], Any]] = {
     ),
     "finite": lambda m: optax.apply_if_finite(m.adam(0.01), 2),
     "extra": lambda m: optax.chain(m.adam(0.01), optax.add_decayed_weights(0.1)),
+    "every other": lambda m: optax.conditionally_mask(m.adam(0.1), lambda n, **_: n % 2 == 0),
+    "named": lambda m: optax.named_chain(("clip", optax.clip(0.5)), ("adam", m.adam(0.01))),
+    "scheduled b1": lambda m: optax.inject_hyperparams(m.adam)(
+        learning_rate=0.1, b1=optax.linear_schedule(0.9, 0.3, 5)
+    ),
 }
 
 
 @pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
 def test_composition(compose: Callable[[Any], Any]) -> None:
     assert_near(many_steps(compose(ours)), many_steps(compose(optax)))
+
+
+@pytest.mark.needs("flax")
+def test_train_state_of_flax() -> None:
+    from flax import serialization
+    from flax.training.train_state import TrainState
+
+    results = []
+    for library in (ours, optax):
+        state = TrainState.create(apply_fn=None, params=tree(), tx=library.adamw(1e-3))
+        for i in range(3):
+            state = state.apply_gradients(grads=tree_gradients(i))
+        start = TrainState.create(apply_fn=None, params=tree(), tx=ours.adamw(1e-3))
+        state = serialization.from_bytes(start, serialization.to_bytes(state))
+        results.append(state.apply_gradients(grads=tree_gradients(3)))
+    got, want = ((each.step, each.params, each.opt_state) for each in results)
+    assert_near(got, want)
 
 
 def test_injected_hyperparameters_can_be_set() -> None:
