@@ -466,10 +466,10 @@ class _Engine(adam.Adam):
             self._relocate()
         present, gradients = self._present(backend, entries, grads, depth=6)
         selection = self._selection(present)
+        is_replaced = any(entry.replaced for entry in present)
         # On NumPy assigning to a Keras variable gives it another array, and to a slot as well.
-        self._recent = None if keras.backend.backend() == "numpy" else selection
-        if any(entry.replaced for entry in present):
-            self._recent = None
+        self._recent = None if is_replaced or keras.backend.backend() == "numpy" else selection
+        if is_replaced:
             selection, gradients = self._replace(present, gradients)
         return selection, backend.gather(selection, gradients)
 
