@@ -1705,7 +1705,7 @@ def test_threads_follow_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(1)
         assert (memory.threads(), cpu.threads()) == (1, 4)
         woken: list[int] = []
-        monkeypatch.setattr(cpu._helpers, "wake", lambda count, *rest: woken.append(count))
+        monkeypatch.setattr(cpu._helpers, "wakers", lambda count, *rest: woken.append(count) or [])
         for threads in (1, 3):
             torch.set_num_threads(threads)
             Adam().apply([torch.ones(600_000)], [torch.ones(600_000)])

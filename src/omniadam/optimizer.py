@@ -324,11 +324,21 @@ class Optimizer(_Base):
     def _unbuilt_on_error(self) -> Iterator[None]:
         """Take a build back if it fails, or the first step does that it was for."""
         before = self.__dict__ | {"_state": self._state.copy()}
+        calls = self._counted()
         try:
             yield
         except BaseException:
-            self.__dict__ = before
+            # A step was made if an interrupt came after it, or if another thread has made one.
+            if self._counted() in (calls, None) or calls is None:
+                self.__dict__ = before
             raise
+
+    def _counted(self) -> int | None:
+        """How many calls there were, if that can be known at this moment."""
+        if self._backend is not None:
+            return self._backend.counted(self._iteration)
+        held = self._iteration
+        return held.item() if isinstance(held, np.ndarray) else None
 
     def _described(self, variables: Any) -> tuple[Backend, tuple[Entry, ...]]:
         """Entries for variables that may be built on; nothing is changed yet."""
@@ -652,12 +662,13 @@ class Optimizer(_Base):
             ) from error
         if not grads:
             raise ValueError("No gradients provided for any variable: `grads_and_vars` is empty.")
+        calls = None
         if type(self).apply is Optimizer.apply:
-            self._apply(grads, variables)
+            calls = self._apply(grads, variables)
         else:
             self.apply(grads, variables)
         assert self._backend is not None
-        return self._backend.count(self._iteration)
+        return self._backend.count(self._iteration) if calls is None else calls
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update variables by a list of gradients, one a variable.
@@ -691,23 +702,22 @@ class Optimizer(_Base):
         assert self._backend is not None
         self._backend.check_run()
 
-    def _apply(self, grads: list[Any], variables: list[Any]) -> None:
+    def _apply(self, grads: list[Any], variables: list[Any]) -> Any:
+        """A step; the number of calls after it, if the backend knows that without being asked."""
         selection = self._recent
         if selection is not None:
             assert self._backend is not None
             gradients = self._backend.recognise(selection, grads, variables)
             if gradients is not None:
-                self._step(selection, gradients)
-                return
+                return self._step(selection, gradients)
         if self.built:
-            self._step(*self._examined(grads, variables))
-            return
+            return self._step(*self._examined(grads, variables))
         with ExitStack() as stack:
             with self._building:  # one thread builds, and others find it built
                 if not self.built:
                     stack.enter_context(self._unbuilt_on_error())
                 examined = self._examined(grads, variables)
-            self._step(*examined)
+            return self._step(*examined)
 
     def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
         """Step 1: every check, and the gradients that are there. Builds if that is still to do."""
@@ -787,16 +797,17 @@ class Optimizer(_Base):
                     f"{type(self).__name__}.build must call super().build(variables)."
                 )
 
-    def _step(self, selection: Selection, gradients: Any) -> None:
+    def _step(self, selection: Selection, gradients: Any) -> Any:
         """Steps 2 to 9, run at once or as a compiled whole, as the library does such things."""
         backend = self._backend
         assert backend is not None
         rate, fixed = self._rate_and_fixed()
         if not selection.entries:  # all were replaced
             self._assign(self._iteration, self._read(self._iteration) + 1)
-            return
-        backend.run(self._advance, selection, gradients, rate, fixed)
+            return None
+        calls = backend.run(self._advance, selection, gradients, rate, fixed)
         backend.constrain(selection.entries)
+        return calls
 
     def _rate_and_fixed(self) -> tuple[Any, Fixed]:
         """What `_advance` takes beside gradients, of the settings as they are at this step."""
@@ -840,8 +851,8 @@ class Optimizer(_Base):
             else:
                 self._update_each(selection, gradients, learning_rate, step, pass_c)
             # As in Keras, what had accumulated for a variable that now has no gradient is dropped.
-            for entry in selection.rest if n else ():
-                backend.assign(entry.accumulator, 0.0)
+            if n:
+                backend.clear(selection, gradients)
 
         if n:
             backend.branch(
@@ -859,7 +870,7 @@ class Optimizer(_Base):
             backend.constrain_within(selection.constrained)
         if not self._is_fused:
             calls = backend.value(self._iteration)  # others may have made steps meanwhile
-        backend.assign(self._iteration, calls + 1)
+        backend.count_up(self._iteration, calls, gradients)
 
     def _count_and_rate(self, backend: Backend) -> tuple[Any, Any]:
         """The number of calls so far, and the rate that the schedule has for it."""

@@ -234,10 +234,11 @@ class Backend(ABC):
         gradients: Any,
         rate: Any,
         fixed: Any,
-    ) -> None:
+    ) -> Any:
         """Do `step(selection, gradients, rate, fixed)`, as a compiled whole where that pays.
 
-        `gradients` and `rate` change from call to call; a compiled step serves one `fixed`.
+        `gradients` and `rate` change from call to call; a compiled step serves one `fixed`. What
+        is returned is the number of calls after this one, or None to have it read.
         """
         with self.turn:
             step(selection, gradients, rate, fixed)
@@ -248,6 +249,19 @@ class Backend(ABC):
 
     def check_run(self) -> None:
         """Raise an error where what was done comes to nothing unless its result is asked for."""
+
+    def clear(self, selection: Selection, gradients: Any) -> None:
+        """Drop what has accumulated for the variables that have no gradient in this step."""
+        for entry in selection.rest:
+            self.assign(entry.accumulator, 0.0)
+
+    def count_up(self, variable: Any, calls: Any, gradients: Any) -> None:
+        """Count a step after `calls` others, the last thing that it does."""
+        self.assign(variable, calls + 1)
+
+    def counted(self, variable: Any) -> int | None:
+        """How many steps were counted so far, if that can be known at this moment."""
+        return None
 
     def replace(self, entry: Entry, gradient: Any, iteration: Any, steps: int | None) -> None:
         """Make a gradient the value of its variable (Keras's `overwrite_with_gradient`).

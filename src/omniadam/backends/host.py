@@ -6,7 +6,10 @@ import copy
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from operator import setitem
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +17,7 @@ import numpy.typing as npt
 
 from .. import options
 from ..kernels import layout
-from ..kernels.cpu import STORAGE, SparseRows, threads
+from ..kernels.cpu import STORAGE, SparseRows, Work, threads
 from ..kernels.layout import Odd, Operand, Plan
 from ..rule import Pass, RuleKey, make_element, make_gradient
 from .base import Backend, Entry, Latest, Selection
@@ -70,21 +73,39 @@ class Arrays:
 
 
 _NO_FACTORS = array("d")
-# How many plans are kept for the gradients of one set of variables: one for each pass, and for each
-# set of gradients in it that no kernel takes as they lie in memory.
+# For how many sets of gradients, some of which no kernel takes as they lie in memory, the plans for
+# the others are kept.
 _PLANS = 32
 
 
 class Gradients:
     """Gradients of one step: addresses of the regular ones, and by position the odd ones.
 
-    `native` are the gradients themselves, which must live as long as their addresses are used.
+    `native` are the gradients themselves, which must live as long as their addresses are used, and
+    `prepared` is what the selection had prepared when they were gathered. While `work` is set,
+    passes over them are not done but added to it.
     """
 
-    __slots__ = ("addresses", "native", "odd")
+    __slots__ = ("addresses", "native", "odd", "prepared", "work")
 
-    def __init__(self, addresses: array[int], native: list[Any], odd: dict[int, Any]) -> None:
-        self.addresses, self.native, self.odd = addresses, native, odd
+    def __init__(
+        self,
+        addresses: array[int],
+        native: list[Any],
+        odd: dict[int, Any],
+        prepared: dict[Any, Any],
+    ) -> None:
+        self.addresses, self.native, self.odd, self.prepared = addresses, native, odd, prepared
+        self.work: StepWork | None = None
+
+
+class StepWork(Work):
+    """What a step writes, and the counter of steps that it is for."""
+
+    counter: Any = None
+    steps: int = 0  # that were counted before
+    # Whether a user's `update_step` has written to variables already.
+    is_begun = False
 
 
 class HostMemory(Backend):
@@ -145,8 +166,7 @@ class HostMemory(Backend):
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         plain = array("q", [0] * len(gradients))
         odd: dict[int, Any] = {}
-        self._locate(selection)
-        prepared = selection.prepared
+        prepared = self._located(selection)
         written, operands, compiled = prepared["memory"], prepared["operands"], prepared["compiled"]
         for i, (gradient, entry) in enumerate(zip(gradients, selection.entries, strict=True)):
             if isinstance(gradient, SparseRows):
@@ -160,73 +180,109 @@ class HostMemory(Backend):
                 plain[i] = values.ctypes.data
             else:
                 odd[i] = values, dtype
-        return Gradients(plain, gradients, odd)
+        return Gradients(plain, gradients, odd, prepared)
 
     def is_located(self, selection: Selection) -> bool:
         """Whether a glance shows that everything lies where it did when it was located last."""
         return False
 
-    def _locate(self, selection: Selection) -> None:
-        """Prepare for where variables and state lie now; what was for other places is dropped."""
+    def _located(self, selection: Selection) -> dict[Any, Any]:
+        """What is prepared for where variables and state lie now; for other places it is dropped.
+
+        Another thread may be in the middle of a step with what was prepared before.
+        """
         if self.is_located(selection):
-            return
-        entries, prepared = (*selection.entries, *selection.rest), selection.prepared
+            return selection.prepared
+        entries = *selection.entries, *selection.rest
         Backend.check_built(self, entries)
         operands = [self.operand(entry) for entry in entries]
         places = [
             (a.ctypes.data, a.shape, a.strides, a.dtype) for o in operands for a in _arrays(o)
         ]
-        if prepared.get("places") != places:
+        if selection.prepared.get("places") != places:
             for entry, operand in zip(entries, operands, strict=True):
                 _check_state(entry, operand)
             self.check_distinct(entries)
-            prepared.clear()  # it holds addresses
-            prepared["places"], prepared["memory"] = places, _spans(operands)
-            prepared["operands"], prepared["plans"] = operands, Latest(_PLANS)
-            prepared["compiled"] = [layout.compiled_for(operand, None) for operand in operands]
+            selection.prepared = {
+                "places": places,
+                "memory": _spans(operands),
+                "operands": operands,
+                "compiled": [layout.compiled_for(operand, None) for operand in operands],
+                "odd plans": Latest(_PLANS),
+            }
+        return selection.prepared
 
     def _plan(
-        self, kind: Pass, rule: RuleKey, selection: Selection, odd: dict[int, Any]
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        prepared: dict[Any, Any],
+        odd: dict[int, Any],
     ) -> tuple[Plan | None, list[int]]:
         """The plan for the regular entries (of the rest, if the pass reads no gradient)."""
         # The optimizer keeps its passes and rule, and to hash what they hold takes a microsecond.
         key = (id(kind), id(rule), *odd)
-
-        def made() -> tuple[Any, ...]:
-            operands: list[Operand] = selection.prepared["operands"]
-            if kind.gradient:
-                entries = selection.entries
-            else:
-                operands, entries = operands[len(selection.entries) :], selection.rest
-            regular = [i for i in range(len(entries)) if i not in odd]
-            plan = None
-            if regular:
-                plan = Plan(
-                    kind,
-                    rule,
-                    [operands[i] for i in regular],
-                    [entries[i].decayed for i in regular],
-                    self.threads,
-                )
-            return plan, regular, kind, rule
-
-        plan, regular, *_ = selection.prepared["plans"].found(key, made)
+        if odd:  # in ever other sets of gradients, perhaps
+            found = prepared["odd plans"].found(
+                key, lambda: self._new_plan(kind, rule, selection, prepared, odd)
+            )
+        else:
+            found = prepared.get(key)
+            if found is None:
+                found = prepared[key] = self._new_plan(kind, rule, selection, prepared, odd)
+        plan, regular, *_ = found
         return plan, regular
+
+    def _new_plan(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        prepared: dict[Any, Any],
+        odd: dict[int, Any],
+    ) -> tuple[Plan | None, list[int], Pass, RuleKey]:
+        operands: list[Operand] = prepared["operands"]
+        if kind.gradient:
+            entries = selection.entries
+        else:
+            operands, entries = operands[len(selection.entries) :], selection.rest
+        regular = [i for i in range(len(entries)) if i not in odd]
+        plan = None
+        if regular:
+            plan = Plan(
+                kind,
+                rule,
+                [operands[i] for i in regular],
+                [entries[i].decayed for i in regular],
+                self.threads,
+            )
+        # The pass and the rule live as long as the key that has their identities.
+        return plan, regular, kind, rule
 
     def _odd_of(self, kind: Pass, selection: Selection, gradients: Gradients) -> dict[int, Any]:
         if kind.gradient:
             return gradients.odd
-        found = selection.prepared.get("odd rest")
+        prepared = gradients.prepared
+        found: dict[int, Any] | None = prepared.get("odd rest")
         if found is None:
-            compiled = selection.prepared["compiled"][len(selection.entries) :]
-            found = selection.prepared["odd rest"] = {
+            compiled = prepared["compiled"][len(selection.entries) :]
+            found = prepared["odd rest"] = {
                 i: (None, selection.rest[i].dtype) for i, is_ in enumerate(compiled) if not is_
             }
         return found
 
-    def _odd_pass(self, kind: Pass, rule: RuleKey, selection: Selection, i: int, odd: Any) -> Odd:
+    def _odd_pass(
+        self,
+        kind: Pass,
+        rule: RuleKey,
+        selection: Selection,
+        prepared: dict[Any, Any],
+        i: int,
+        odd: Any,
+    ) -> Odd:
         entry = (selection.entries if kind.gradient else selection.rest)[i]
-        operands: list[Operand] = selection.prepared["operands"]
+        operands: list[Operand] = prepared["operands"]
         operand = operands[i if kind.gradient else len(selection.entries) + i]
         gradient, dtype = odd
         kind = kind._replace(decayed=kind.decayed and entry.decayed)
@@ -236,8 +292,8 @@ class HostMemory(Backend):
         self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
     ) -> list[float]:
         pass_c = array("d", pass_c)
-        odd = gradients.odd
-        plan, regular = self._plan(kind, rule, selection, odd)
+        odd, prepared = gradients.odd, gradients.prepared
+        plan, regular = self._plan(kind, rule, selection, prepared, odd)
         if not odd and plan is not None:
             return plan.square_sums(gradients.addresses, pass_c)
         sums = [0.0] * len(selection.entries)
@@ -246,7 +302,8 @@ class HostMemory(Backend):
             for i, value in zip(regular, plan.square_sums(addresses, pass_c), strict=True):
                 sums[i] = value
         for i, each in odd.items():
-            sums[i] = self._odd_pass(kind, rule, selection, i, each).square_sum(pass_c)
+            odd_pass = self._odd_pass(kind, rule, selection, prepared, i, each)
+            sums[i] = odd_pass.square_sum(pass_c)
         return sums
 
     def sweep(
@@ -262,20 +319,81 @@ class HostMemory(Backend):
         # An array is made of a plain tuple in half the time that one of named fields takes.
         rule_c, pass_c = array("d", tuple(rule_c)), array("d", tuple(pass_c))
         factors = array("d", factors) if factors else _NO_FACTORS
-        odd = self._odd_of(kind, selection, gradients)
-        plan, regular = self._plan(kind, rule, selection, odd)
+        odd, prepared = self._odd_of(kind, selection, gradients), gradients.prepared
+        plan, regular = self._plan(kind, rule, selection, prepared, odd)
         addresses = gradients.addresses
+        work = Work() if gradients.work is None else gradients.work
         if odd:
             if kind.gradient:
                 addresses = array("q", [addresses[i] for i in regular])
             chosen = array("d", [factors[i] for i in regular]) if factors else factors
             if plan is not None:
-                plan.run(addresses, chosen, rule_c, pass_c)
+                plan.add_to(work, addresses, chosen, rule_c, pass_c)
             for i, each in odd.items():
                 one = array("d", [factors[i]]) if factors else factors
-                self._odd_pass(kind, rule, selection, i, each).run(one, rule_c, pass_c)
+                odd_pass = self._odd_pass(kind, rule, selection, prepared, i, each)
+                odd_pass.add_to(work, one, rule_c, pass_c)
         elif plan is not None:
-            plan.run(addresses, factors, rule_c, pass_c)
+            plan.add_to(work, addresses, factors, rule_c, pass_c)
+        if gradients.work is None:
+            work.whole(work.do)
+
+    def clear(self, selection: Selection, gradients: Any) -> None:
+        operands: list[Operand] = gradients.prepared["operands"]
+        for operand in operands[len(selection.entries) :]:
+            assert operand.accumulator is not None
+            gradients.work.calls.append((operand.accumulator.fill, 0.0))
+
+    def writing(self, variable: Any, value: int) -> tuple[Any, ...]:
+        """A function of C and its arguments: the call writes a number to a state variable."""
+        return setitem, variable, ..., value
+
+    def count_up(self, variable: Any, calls: int, gradients: Any) -> None:
+        work = gradients.work
+        work.counter, work.steps = variable, calls
+        # Before all else: what cannot be counted is not done.
+        work.calls.insert(0, self.writing(variable, calls + 1))
+
+    def run(
+        self,
+        step: Callable[[Selection, Any, Any, Any], None],
+        selection: Selection,
+        gradients: Any,
+        rate: Any,
+        fixed: Any,
+    ) -> int:
+        """Prepare the step, in which users' functions are run, and then do it: whole or not at all.
+
+        If another thread has made a step meanwhile, this one is prepared anew to follow it.
+        """
+        while True:
+            gradients.work = work = StepWork()
+            step(selection, gradients, rate, fixed)
+            calls: int | None = work.whole(partial(self._made, work))
+            if calls is not None:
+                super().constrain_within(selection.constrained)
+                return calls
+
+    def constrain_within(self, entries: Sequence[Entry]) -> None:
+        """Nothing while a step is prepared: it is of the new values, after it was done."""
+
+    def _made(self, work: StepWork) -> int | None:
+        """Do a step and return its number; None if it was prepared to follow another step."""
+        with self.turn:
+            calls: int = self.value(work.counter)
+            if calls != work.steps:
+                if not work.is_begun:
+                    return None
+                work.calls.append(self.writing(work.counter, calls + 1))
+            work.do()
+            return calls + 1
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield  # nobody has the turn while a step is prepared
+
+    def counted(self, variable: Any) -> int:
+        return int(self.value(variable))
 
     def rate(self, value: Any) -> float:
         return options.rate("learning_rate", value)  # type: ignore[no-any-return]
@@ -289,6 +407,7 @@ class HostMemory(Backend):
         pass_c: Sequence[float],
         update: Callable[[Any, Entry], None],
     ) -> None:
+        gradients.work.is_begun = True
         for i, entry in enumerate(selection.entries):
             gradient, w = gradients.native[i], self.floats(entry.variable, entry)
             if isinstance(gradient, SparseRows):

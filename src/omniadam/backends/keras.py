@@ -90,6 +90,9 @@ class KerasVariables(Backend):
     def value(self, variable: Any) -> Any:
         return super().value(native(variable))  # type: ignore[safe-super]
 
+    def writing(self, variable: Any, value: int) -> Any:
+        return super().writing(native(variable), value)  # type: ignore[misc]
+
     def numpy(self, variable: Any) -> Any:
         return super().numpy(native(variable))  # type: ignore[safe-super]
 

@@ -118,7 +118,7 @@ class NumPy(HostMemory):
         if inspector is None:
             return None
         addresses = inspector.addresses(gradients, variables)
-        return None if addresses is None else Gradients(addresses, gradients, {})
+        return None if addresses is None else Gradients(addresses, gradients, {}, prepared)
 
     def differentiate(
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
-from operator import is_
+from operator import is_, setitem
 from typing import Any, ClassVar
 
 import numpy as np
@@ -77,8 +77,9 @@ class Torch(Backend):
 
     def __init__(self) -> None:
         super().__init__()
-        # Counters live on the host, so that no step reads one back from a device.
-        self._counters: dict[int, tuple[Tensor, Array]] = {}
+        # Counters live on the host, so that no step reads one back from a device: each tensor, an
+        # array over its memory, and where that is.
+        self._counters: dict[int, tuple[Tensor, Array, int]] = {}
         self._device = torch.device("cpu")  # of what is created for no variable in particular
 
     @classmethod
@@ -147,12 +148,30 @@ class Torch(Backend):
             tensor = torch.from_numpy(held)
             if held.ndim:
                 return tensor.to(self._device)
-        self._counters[id(tensor)] = tensor, held
+        self._counters[id(tensor)] = tensor, held, tensor.data_ptr()
         return tensor
 
+    def _counter(self, variable: Tensor) -> Array | None:
+        """The memory of a counter as an array; None of other tensors."""
+        found = self._counters.get(id(variable))
+        if found is None:
+            return None
+        tensor, held, address = found
+        if tensor.data_ptr() == address:
+            return held
+        # Its `data` was replaced.
+        held = np.asarray(tensor.detach().cpu().numpy())
+        tensor.data = torch.from_numpy(held)
+        self._counters[id(tensor)] = tensor, held, tensor.data_ptr()
+        return held
+
     def value(self, variable: Tensor) -> Any:
-        counter = self._counters.get(id(variable))
-        return variable.item() if counter is None else counter[1].item()
+        counter = self._counter(variable)
+        return variable.item() if counter is None else counter.item()
+
+    def writing(self, variable: Tensor, value: int) -> tuple[Any, ...]:
+        counter = self._counter(variable)
+        return (variable.fill_, value) if counter is None else (setitem, counter, ..., value)
 
     def rate(self, value: Any) -> float:
         return options.rate("learning_rate", value)  # type: ignore[no-any-return]
@@ -162,9 +181,9 @@ class Torch(Backend):
         return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
     def assign(self, variable: Tensor, value: Any) -> None:
-        counter = self._counters.get(id(variable))
+        counter = self._counter(variable)
         if counter is not None:
-            counter[1][...] = value
+            counter[...] = value
             return
         with _writing(variable):
             if isinstance(value, (int, float)):
@@ -414,7 +433,7 @@ class TorchMemory(Torch, HostMemory):
 
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         gathered = super().gather(selection, gradients)
-        prepared = selection.prepared
+        prepared = gathered.prepared
         if not self.is_located(selection):
             prepared["placed"] = Placed((*selection.entries, *selection.rest))
         if gathered.odd:
@@ -439,13 +458,14 @@ class TorchMemory(Torch, HostMemory):
     def recognise(
         self, selection: Selection, gradients: list[Any], variables: list[Any]
     ) -> Gradients | None:
-        known = selection.prepared.get("known")
+        prepared = selection.prepared
+        known = prepared.get("known")
         if known is None:
             return None
         addresses = known.addresses(gradients, variables)
-        if addresses is None or not self.is_located(selection):
+        if addresses is None or not prepared["placed"].holds():
             return None
-        return Gradients(addresses, gradients, {})
+        return Gradients(addresses, gradients, {}, prepared)
 
     def sweep(
         self,
@@ -457,13 +477,14 @@ class TorchMemory(Torch, HostMemory):
         rule_c: Sequence[float],
         pass_c: Any,
     ) -> None:
-        super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
         # As any operation in place: autograd must notice that what a graph saved is gone.
         key = "written", id(kind), pass_c.overwrite
-        written = selection.prepared.get(key)
+        written = gradients.prepared.get(key)
         if written is None:
-            written = selection.prepared[key] = _written(kind, selection, pass_c.overwrite != 0)
+            overwrites = pass_c.overwrite != 0
+            written = gradients.prepared[key] = _written(kind, selection, overwrites)
         torch.autograd.graph.increment_version(written)
+        super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
 
 
 def _written(kind: Pass, selection: Selection, overwrites: bool) -> list[Tensor]:

@@ -134,17 +134,15 @@ class Engine(Adam):
         self._forget()
         self._create_slots(self._entries[len(held) :])
 
-    def _apply(self, grads: list[Any], variables: list[Any]) -> None:
+    def _apply(self, grads: list[Any], variables: list[Any]) -> Any:
         if not self.built or all(id(v) in self._index for v in variables):
-            super()._apply(grads, variables)
-            return
+            return super()._apply(grads, variables)
         assert self._backend is not None
         if self._backend.stand_ins(self._entries, variables) is not None:
-            super()._apply(grads, variables)
-            return
+            return super()._apply(grads, variables)
         with self._unbuilt_on_error():
             self._grow([v for v in variables if id(v) not in self._index])
-            super()._apply(grads, variables)
+            return super()._apply(grads, variables)
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"

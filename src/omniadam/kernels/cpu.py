@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import call
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -380,25 +381,67 @@ class _Helpers:
     """Threads that wait to share a kernel's chunks, started when first needed."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[jit.Kernel, array[int]]] = SimpleQueue()
+        # A function, its arguments, and what must live as long as it runs.
+        self._queue: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], Any]] = SimpleQueue()
         self._running = 0
 
-    def wake(self, count: int, kernel: jit.Kernel, job: array[int]) -> None:
+    def started(self, count: int) -> int:
+        """Start threads until there are so many, and return how many of them there are."""
         # None can be started while the interpreter exits; the caller does the work alone then.
         with suppress(RuntimeError):
             while self._running < count:
                 threading.Thread(target=self._serve, name="omniadam", daemon=True).start()
                 self._running += 1
-        for _ in range(min(count, self._running)):
-            self._queue.put((kernel, job))
+        return min(count, self._running)
+
+    def wakers(self, count: int, kernel: jit.Kernel, job: array[int]) -> list[tuple[Any, ...]]:
+        """Calls that let so many helpers take chunks of a job."""
+        address, _ = job.buffer_info()
+        # What a step waits for is written by its own thread alone.
+        task = kernel, (address + 8 * _IGNORED, 0, address), job
+        return [(self._queue.put, task)] * self.started(count)
+
+    def result(self, action: Callable[[], Any]) -> Any:
+        """What an action returns that is done by a helper, which no signal interrupts."""
+        if not self.started(1):
+            return action()
+        results, errors, begun = list[Any](), list[BaseException](), list[bool]()
+        gate = threading.Lock()  # an Event is written in Python, and an interrupt can break it
+        gate.acquire()
+
+        def task() -> None:
+            try:
+                results.append(action())
+            except BaseException as error:  # raised where it is waited for
+                errors.append(error)
+            gate.release()
+
+        # In one call: an interrupt finds a task that is to be waited for, or none.
+        both = starmap(call, [(self._queue.put, (task, (), None)), (begun.append, True)])
+        try:
+            list(both)
+        finally:
+            if begun:
+                _until(lambda: bool(results or errors), gate.acquire)
+        if errors:
+            raise errors[0]
+        return results[0]
 
     def _serve(self) -> None:
         while True:
-            kernel, job = self._queue.get()
-            address, _ = job.buffer_info()
-            # What a step waits for is written by its own thread alone.
-            kernel(address + 8 * _IGNORED, 0, address)
-            del kernel, job  # else the last arrays would live until the next step
+            function, arguments, held = self._queue.get()
+            function(*arguments)
+            del function, arguments, held  # else the last arrays would live until the next step
+
+
+def _until(is_done: Callable[[], bool], wait: Callable[[], Any]) -> None:
+    """Wait until it is so, however often Ctrl-C is pressed; the last time is then raised."""
+    try:
+        while not is_done():
+            wait()
+    finally:
+        if not is_done():
+            _until(is_done, wait)
 
 
 _helpers = _Helpers()
@@ -441,18 +484,64 @@ def _default_threads(openmp: str) -> int:
     return min(cores, int(outermost)) if outermost.isdecimal() and int(outermost) else cores
 
 
-def _run(kernel: jit.Kernel, job: array[int], elements: int, threads: Callable[[], int]) -> None:
-    """Take every chunk of a job through a kernel, and return when all are done."""
-    address, _ = job.buffer_info()
-    helpers = min(threads(), job[_COUNT]) - 1 if elements >= PARALLEL else 0
-    try:
+class Work:
+    """What a step writes: prepared first, kernel by kernel, and then done as a whole or not at all.
+
+    What can fail, or may be interrupted, belongs to the preparation. The whole is one call of the
+    interpreter's own functions, among which no signal handler runs and no other error comes up.
+    """
+
+    _jobs: Sequence[tuple[jit.Kernel, array[int]]] = ()  # that helpers share
+    _is_native = True
+
+    def __init__(self) -> None:
+        # Functions with their arguments, in order; written in C, and such as cannot fail.
+        self.calls: list[tuple[Any, ...]] = []
+        self._held: list[Any] = []  # what kernels read
+
+    def add_python(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Add a call of a function in Python, which touches nothing but memory."""
+        self._is_native = False
+        self.calls.append((function, *arguments))
+
+    def add_kernel(
+        self, kernel: jit.Kernel, job: array[int], helpers: int, held: tuple[Any, ...]
+    ) -> None:
+        """Add all chunks of a job, which as many helpers may share."""
         if helpers > 0:
-            _helpers.wake(helpers, kernel, job)
+            self.calls += _helpers.wakers(helpers, kernel, job)
+            self._jobs = [*self._jobs, (kernel, job)]
+        address, _ = job.buffer_info()
+        self.calls.append((kernel, address + 8 * _RESULT, 0, address))
+        self._held.append((job, held))
+
+    def whole(self, action: Callable[[], Any]) -> Any:
+        """What an action returns that ends in `do`; it is not interrupted once it has begun that.
+
+        Signals are handled in the main thread, between any two steps of a function in Python.
+        """
+        if self._is_native or threading.current_thread() is not threading.main_thread():
+            return action()
+        return _helpers.result(action)
+
+    def do(self) -> None:
+        """Do all of it, and return when all is done."""
+        try:
+            list(starmap(call, self.calls))  # one call of C, of nothing but C
+        finally:  # helpers must not outlive the memory that they work on
+            for kernel, job in self._jobs:
+                _finish(kernel, job)
+
+
+def _finish(kernel: jit.Kernel, job: array[int]) -> None:
+    """Wait for a helper that is in the middle of its last chunk."""
+    address, _ = job.buffer_info()
+
+    def look() -> None:
+        time.sleep(0)
         kernel(address + 8 * _RESULT, 0, address)
-    finally:  # even after Ctrl-C: helpers must not outlive the memory that they work on
-        while job[_RESULT] < job[_COUNT]:  # a helper is in the middle of its last chunk
-            time.sleep(0)
-            kernel(address + 8 * _RESULT, 0, address)
+
+    _until(lambda: job[_RESULT] >= job[_COUNT], look)
 
 
 class SparseRows(NamedTuple):
@@ -554,8 +643,6 @@ class Sweep:
         self._of = kind, rule, dtype, gradient_dtype
         self._threads = threads
         self._elements = sum(sizes)
-        if self._elements >= PARALLEL:
-            threads()  # a wrong setting is an error before anything is written
         self._chunks = _sparse_chunks(sizes[0], sparse) if sparse else _dense_chunks(sizes)
         self._addresses = np.array(addresses, np.int64)
         self._accumulators = np.ascontiguousarray(self._addresses[:, -2])
@@ -591,16 +678,22 @@ class Sweep:
         job[_PASS] = pass_c.buffer_info()[0]
         return job
 
-    def run(
+    def _helper_count(self) -> int:
+        """How many threads share large work, beside the one that has it to do."""
+        return min(self._threads(), len(self._chunks)) - 1
+
+    def add_to(
         self,
+        work: Work,
         gradients: array[int],
         factors: array[float],
         rule_c: array[float],
         pass_c: array[float],
     ) -> None:
-        """Update the variables.
+        """Prepare to update the variables.
 
         Args:
+            work: that it becomes a part of.
             gradients: an address a variable; not used if the gradient is sparse, or if there is
                 none.
             factors: what each gradient is multiplied by, if the pass clips by a factor.
@@ -608,7 +701,15 @@ class Sweep:
             pass_c: the fields of `PassCoefficients`.
         """
         job = self._prepared(gradients, factors, rule_c, pass_c)
-        _run(self._kernel, job, self._elements, self._threads)
+        held = self, gradients, factors, rule_c, pass_c
+        helpers = 0 if self._elements < PARALLEL else self._helper_count()
+        work.add_kernel(self._kernel, job, helpers, held)
+
+    def run(self, *arguments: array[Any]) -> None:
+        """Update the variables at once, by the arguments of `add_to` but the first."""
+        work = Work()
+        self.add_to(work, *arguments)
+        work.whole(work.do)
 
     def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
         """The sum of squares of each gradient, unscaled and averaged, in double precision."""
@@ -616,6 +717,9 @@ class Sweep:
         partials = array("d", bytes(8 * len(self._chunks)))
         job[_ADDRESSES] = _address(self._accumulators)
         job[_PARTIALS] = partials.buffer_info()[0]
-        _run(self._squares, job, self._elements, self._threads)
+        work = Work()
+        helpers = 0 if self._elements < PARALLEL else self._helper_count()
+        work.add_kernel(self._squares, job, helpers, (self, gradients, pass_c, partials))
+        work.do()
         # In the order of memory, so that a sum does not depend on who computed which chunk.
         return [sum(partials[start:stop]) for start, stop in pairwise(self._first_chunk)]

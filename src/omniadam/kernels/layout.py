@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .. import rule as arithmetic
 from ..rule import Pass, RuleKey
 from . import cpu
-from .cpu import SparseRows, Sweep
+from .cpu import SparseRows, Sweep, Work
 
 Array = npt.NDArray[Any]
 
@@ -107,19 +107,21 @@ class Plan:
             for (dtype, is_decayed), indices in groups.items()
         ]
 
-    def run(
+    def add_to(
         self,
+        work: Work,
         gradients: array[int],
         factors: array[float],
         rule_c: array[float],
         pass_c: array[float],
     ) -> None:
-        """As `Sweep.run`, with an address and a factor an operand."""
+        """As `Sweep.add_to`, with an address and a factor an operand."""
         if len(self._groups) == 1:
-            self._groups[0][1].run(gradients, factors, rule_c, pass_c)
+            self._groups[0][1].add_to(work, gradients, factors, rule_c, pass_c)
             return
         for indices, sweep in self._groups:
-            sweep.run(_chosen(gradients, indices), _chosen(factors, indices), rule_c, pass_c)
+            chosen = _chosen(gradients, indices), _chosen(factors, indices)
+            sweep.add_to(work, *chosen, rule_c, pass_c)
 
     def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
         """As `Sweep.square_sums`, in the order of the operands."""
@@ -221,11 +223,21 @@ class Odd:
                 gradient = self._sparse.dense(start, stop)
             yield pieces, gradient
 
-    def run(self, factors: array[float], rule_c: array[float], pass_c: array[float]) -> None:
-        """As `Sweep.run` for this operand."""
+    def add_to(
+        self, work: Work, factors: array[float], rule_c: array[float], pass_c: array[float]
+    ) -> None:
+        """As `Sweep.add_to` for this operand."""
         if self._sweep is not None:
-            self._sweep.run(self._address, factors, rule_c, pass_c)
-        elif self._compiled:
+            self._sweep.add_to(work, self._address, factors, rule_c, pass_c)
+            return
+        if self._compiled:  # what can fail comes before anything is written
+            cpu._pass_kernel(self._kind, self._rule, self._operand.dtype, self._gradient_dtype)
+        work.add_python(self._run_by_pieces, factors, rule_c, pass_c)
+
+    def _run_by_pieces(
+        self, factors: array[float], rule_c: array[float], pass_c: array[float]
+    ) -> None:
+        if self._compiled:
             for pieces, gradient in self._pieces():
                 sweep = self._over(pieces, pieces[0].size)  # type: ignore[union-attr]
                 at = array("q", [0 if gradient is None else gradient.ctypes.data])

@@ -1,0 +1,146 @@
+"""A step is made as a whole or not at all, and the steps of several threads follow one another."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omniadam import Adam, schedules
+
+Arrays = list[np.ndarray[Any, Any]]
+PLACES: dict[str, Callable[[], Arrays]] = {
+    "flat": lambda: [np.ones(1 << 16), np.ones(5)],
+    "strided": lambda: [np.ones((1 << 12, 2))[:, 0], np.ones(5)],
+    "two types": lambda: [np.ones(1 << 14), np.ones(1 << 14, np.float32)],
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "average": {"use_ema": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "clipnorm": 1e9},
+}
+
+
+def steps_seen(velocity: Any) -> float:
+    """How many steps of a gradient of one have been made: its velocity is 1 - beta_2**t."""
+    return math.log1p(-float(np.ravel(velocity)[-1])) / math.log(0.999)
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[float], None]]:
+    """What Ctrl-C does, so often and at such times as no hand can: after so many seconds."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers here")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+
+    def after(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    yield after
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_interrupted_step_is_made_and_counted_or_neither(
+    name: str, place: str, kernel: str, alarm: Callable[[float], None]
+) -> None:
+    params = PLACES[place]()
+    opt = Adam(1e-6, **SETTINGS[name])
+    grads = [np.ones_like(p) for p in params]
+    opt.build(dict(zip("ab", params, strict=True)))
+    for _ in range(2):  # in which kernels are compiled
+        opt.apply(grads, params)
+    rng, interrupts = np.random.default_rng(0), 0
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            alarm(rng.uniform(1e-4, 4e-3))
+            while time.monotonic() < end + 1:
+                opt.apply(grads, params)
+        except KeyboardInterrupt:
+            interrupts += 1
+        for which in "ab":
+            velocity = opt.named_variables()[f"{which}_velocity"]
+            assert abs(steps_seen(velocity) - opt.iterations) < 0.1
+    assert interrupts > 1
+
+
+def test_several_threads_step_one_optimizer(kernel: str) -> None:
+    params = [np.ones(1 << 15), np.ones(3)]
+    grads = [np.ones_like(p) for p in params]
+    opt = Adam(schedules.InverseTimeDecay(1e-6, 10, 0.5))
+    counts: list[int] = []
+
+    def train() -> None:
+        for _ in range(50):
+            counts.append(opt.apply_gradients(zip(grads, params, strict=True)))
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counts) == list(range(1, 201)) and opt.iterations == 200
+    alone = [np.ones(1 << 15), np.ones(3)]
+    other = Adam(schedules.InverseTimeDecay(1e-6, 10, 0.5))
+    for _ in range(200):
+        other.apply(grads, alone)
+    for got, want in zip([*params, *opt.variables], [*alone, *other.variables], strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_no_lock_is_held_while_a_schedule_runs(is_built: bool) -> None:
+    w, g = np.ones(3), np.ones(3)
+    waited: list[bool] = []
+
+    class Waiting(schedules.LearningRateSchedule):
+        """Lets another thread make a step in the middle of this one."""
+
+        def __call__(self, step: Any) -> float:
+            if threading.current_thread() is threading.main_thread() and not waited:
+                waited.append(True)
+                thread = threading.Thread(target=opt.apply, args=([g], [w]), daemon=True)
+                thread.start()
+                thread.join(20)
+                assert not thread.is_alive()
+            return 0.1
+
+    opt = Adam(Waiting())
+    if is_built:
+        opt.build([w])
+    assert opt.apply_gradients([(g, w)]) == 2
+    np.testing.assert_allclose(w, 0.8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["OMNIADAM_NUM_THREADS", "OMNIADAM_KERNEL"])
+def test_a_wrong_setting_is_an_error_before_anything_is_written(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = np.ones(3), np.ones((1024, 1024), np.float32)
+    opt = Adam(0.1)
+    monkeypatch.setitem(os.environ, setting, "two")
+    with pytest.raises(ValueError, match=f"{setting} must be .*'two'"):
+        opt.apply([small.copy(), large.copy()], [small, large])
+    assert not opt.built and (small == 1).all() and (large == 1).all()
+    monkeypatch.delitem(os.environ, setting)
+    opt.apply([small.copy(), large.copy()], [small, large])
+    monkeypatch.setitem(os.environ, setting, "two")
+    values = [v.copy() for v in (small, large, *opt.variables)]
+    with pytest.raises(ValueError, match=f"{setting} must be .*'two'"):
+        opt.apply([small.copy(), large.astype(np.float64)], [small, large])
+    for got, want in zip((small, large, *opt.variables), values, strict=True):
+        np.testing.assert_array_equal(got, want)
