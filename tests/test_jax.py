@@ -313,16 +313,75 @@ def test_a_changed_setting_takes_effect() -> None:
     assert_near(values_of(params), [(before[0] - 0.75) / 2 - 0.25])
 
 
-def test_settings_that_change_at_each_step_keep_few_compiled_steps() -> None:
-    betas = iter(np.linspace(0.5, 0.9, 12).tolist())
-    opt, params = Adam(0.1, beta_1=lambda: next(betas)), refs_of([np.ones(2, np.float32)])
-    reference = Case({"learning_rate": 0.1}).reference([np.ones(2)])
-    for beta in np.linspace(0.5, 0.9, 12).tolist():
-        opt.apply_gradients([(jnp.ones(2), params[0])])
-        reference.beta_1 = beta
-        reference.step([np.ones(2)])
-    assert len(opt._recent.prepared["programs"]) <= 8  # type: ignore[union-attr]
-    assert_close(values_of(params), reference)
+CHANGING: dict[str, Sequence[float]] = {
+    "weight_decay": (0.1, 0.2, 0.3, 0.05),
+    "loss_scale_factor": (2.0, 3.0, 4.0, 5.0),
+    "clipnorm": (1.0, 0.5, 2.0, 0.25),
+    "global_clipnorm": (1.0, 0.5, 2.0, 0.25),
+    "clipvalue": (1.0, 0.5, 2.0, 0.25),
+    "ema_momentum": (0.999, 0.9, 0.5, 0.99),
+    "beta_1": (0.9, 0.99, 0.6, 0.7),
+    "beta_2": (0.999, 0.9999, 0.99, 0.9),
+    "epsilon": (1e-8, 1e-3, 0.1, 0.5),
+}
+
+
+@pytest.mark.parametrize("how", ["refs", "bare"])
+@pytest.mark.parametrize("name", CHANGING)
+def test_settings_that_change_at_each_step_compile_nothing(name: str, how: str) -> None:
+    """They are arguments of the program; what float32 would lose is computed before."""
+    first, *others = CHANGING[name]
+    settings = {"learning_rate": 0.1, "use_ema": name == "ema_momentum", name: first}
+    opt, theirs = Adam(**settings), Adam(**settings)
+    want = [np.array([10.0, -20.0], np.float32)]
+    refs, arrays = refs_of(want), [jnp.asarray(w) for w in want]
+    if how == "bare":
+        opt.build(arrays)
+        state = opt.variables
+    given = [jnp.asarray([1.0, 3.0], jnp.float32)]
+
+    def step() -> None:
+        nonlocal arrays, state
+        if how == "refs":
+            opt.apply(given, refs)
+        else:
+            arrays, state = opt.stateless_apply(state, given, arrays)
+        theirs.apply([np.array(given[0])], want)
+
+    step()
+    step()
+    for value in others:
+        setattr(opt, name, value)
+        setattr(theirs, name, value)
+        with nothing_compiles():
+            step()
+    assert_near(values_of(refs) if how == "refs" else arrays, want)
+    if how == "refs":
+        assert_near(opt.get_weights(), theirs.get_weights())
+
+
+def test_a_callable_setting_compiles_nothing_and_may_cross_one_half() -> None:
+    betas = [0.9, 0.8, 0.3, 0.95, 0.2, 0.7, 0.1]
+    ours, numpys = iter(betas), iter(betas)
+    opt, other = Adam(0.1, beta_1=lambda: next(ours)), Adam(0.1, beta_1=lambda: next(numpys))
+    params, want = refs_of([np.ones(2, np.float32)]), [np.ones(2, np.float32)]
+    for i in range(len(betas)):
+        with nothing_compiles() if i > 2 else nullcontext():
+            opt.apply([jnp.ones(2)], params)
+        other.apply([np.ones(2, np.float32)], want)
+    assert_near(values_of(params), want)
+
+
+def test_many_sets_of_variables_in_turn() -> None:
+    opt, params = Adam(0.1), refs_of(np.ones((40, 2), np.float32))
+    opt.build(params)
+    for _ in range(2):
+        for ref in params:
+            opt.apply([jnp.ones(2)], [ref])
+    with nothing_compiles():
+        for ref in params:
+            opt.apply([jnp.ones(2)], [ref])
+    assert opt.iterations == 120
 
 
 def test_a_step_waits_for_nothing() -> None:
@@ -454,7 +513,8 @@ def test_peak_memory() -> None:
         opt.apply_gradients(zip(given, params, strict=True))
         (program,) = opt._recent.prepared["programs"].values()  # type: ignore[union-attr]
         arrays = [[place._buf for place in each] for each in (program._changed, program._kept)]
-        memory = program._compiled.jitted.lower(*arrays, given, None).compile().memory_analysis()
+        compiled = lowered(opt, program, *arrays, given).compile()
+        memory = compiled.memory_analysis()
         largest = 4 * 300 * 400
         assert memory.alias_size_in_bytes > 3 * largest
         assert memory.temp_size_in_bytes < largest / 20
@@ -471,11 +531,16 @@ def test_peak_memory() -> None:
 # --- The kernels of the CPU ----------------------------------------------------------------------
 
 
+def lowered(opt: Optimizer, program: Any, *arguments: Any) -> Any:
+    numbers = opt._backend._argument(opt._rate_and_fixed()[1].numbers)  # type: ignore[union-attr]
+    return program._compiled.jitted.lower(*arguments, (None, numbers))
+
+
 def compiled_step(opt: Optimizer, given: list[Any]) -> str:
     """The one program that the steps of an optimizer were compiled to."""
     (program,) = opt._recent.prepared["programs"].values()  # type: ignore[union-attr]
     arrays = [[place._buf for place in each] for each in (program._changed, program._kept)]
-    text: str = program._compiled.jitted.lower(*arrays, given, None).compile().as_text()
+    text: str = lowered(opt, program, *arrays, given).compile().as_text()
     return text
 
 

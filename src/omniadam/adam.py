@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from . import options
 from .optimizer import Optimizer
 from .options import Option
-from .rule import RuleKey, adam_coefficients, make_adam
+from .rule import RuleKey, adam_coefficients_by, make_adam, memory
 
 
 class Adam(Optimizer):
@@ -122,17 +122,19 @@ class Adam(Optimizer):
             _present("epsilon", self.epsilon, options.small_constant),
         )
 
+    def _numbers(
+        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        beta_1, beta_2, epsilon = hyperparameters
+        short_1, short_2 = ((name, True) in rule.settings for name in _SHORT)
+        memories = memory(functions, beta_1, short_1), memory(functions, beta_2, short_2)
+        return (*memories[0], *memories[1], epsilon)
+
     def _coefficients(
-        self,
-        rule: RuleKey,
-        functions: Any,
-        learning_rate: Any,
-        t: Any,
-        *hyperparameters: float,
+        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
     ) -> Sequence[Any]:
-        short = {name: True for name in _SHORT if (name, True) in rule.settings}
-        return adam_coefficients(
-            functions, learning_rate, t, *hyperparameters, epsilon_hat=self._epsilon_hat, **short
+        return adam_coefficients_by(
+            functions, learning_rate, t, *numbers, epsilon_hat=self._epsilon_hat
         )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

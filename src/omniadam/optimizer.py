@@ -138,7 +138,9 @@ class Optimizer(_Base):
         self._index: dict[int, int] = {}  # id of a variable -> position of its entry
         self._forget()
         self._passes: tuple[Pass, Pass, Pass, Pass] | None = None
-        self._version = 0  # of the settings
+        # The rule's settings of the latest step, and what was made of them.
+        self._latest: tuple[tuple[Any, ...], Fixed] | None = None
+        self._version = 0  # of what a compiled step calls
         self._excluded_variables: list[Any] = []
         self._excluded_names: tuple[str, ...] = ()
         self._excluded_exact: tuple[str, ...] = ()
@@ -173,8 +175,7 @@ class Optimizer(_Base):
     # --- settings ---
 
     def _settings_changed(self, name: str) -> None:
-        self._passes = None
-        self._version += 1
+        self._passes = self._latest = None
         exclusive = self._exclusive_clips
         if name in exclusive:
             held = self.__dict__
@@ -185,6 +186,7 @@ class Optimizer(_Base):
 
     def _set_learning_rate(self, value: Any) -> None:
         self._version += 1
+        self._latest = None
         if _is_schedule(value):
             self._schedule, self._learning_rate = value, None
         elif callable(value):
@@ -815,8 +817,38 @@ class Optimizer(_Base):
         if self._schedule is None and callable(self._learning_rate):
             assert self._backend is not None
             rate = self._backend.rate(self._learning_rate())
-        numbers = self._hyperparameters()
-        return rate, Fixed(self._version, self._rule_of(numbers), numbers)
+        return rate, self._fixed_by(self._hyperparameters())
+
+    def _fixed_by(self, hyperparameters: tuple[Any, ...]) -> Fixed:
+        latest = self._latest
+        if latest is None or latest[0] != hyperparameters:
+            latest = self._latest = hyperparameters, self._make_fixed(hyperparameters)
+        return latest[1]
+
+    def _make_fixed(self, hyperparameters: tuple[Any, ...]) -> Fixed:
+        backend = self._backend
+        assert backend is not None
+        rule = self._rule_of(hyperparameters)
+        structure = (
+            self._version,
+            *map(id, self._passes or self._make_passes()),  # each kept for ever
+            self.clipnorm is None,
+            self.ema_overwrite_frequency,
+            self.gradient_accumulation_steps,
+        )
+        numbers = self._numbers(backend.functions, rule, hyperparameters)
+        return Fixed(structure, rule, (*self._settings_now(), *numbers))
+
+    def _settings_now(self) -> Settings:
+        threshold = self.global_clipnorm if self.clipnorm is None else self.clipnorm
+        return Settings(
+            self.loss_scale_factor or 1.0,
+            self.clipvalue or 0.0,
+            self.weight_decay or 0.0,
+            float(self.ema_momentum),
+            1.0 - self.ema_momentum,
+            threshold or 0.0,
+        )
 
     def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Fixed) -> None:
         """The order of a step; what touches every element is in `rule.make_element`.
@@ -825,7 +857,7 @@ class Optimizer(_Base):
             selection: the entries with gradients.
             gradients: what the backend gathered.
             rate: the learning rate, if it is a callable's.
-            fixed: what a compiled step may take as constant.
+            fixed: what is compiled, and the numbers that it takes.
         """
         backend = self._backend
         assert backend is not None
@@ -839,17 +871,22 @@ class Optimizer(_Base):
             learning_rate = backend.value(self._learning_rate) if rate is None else rate
         n = self.gradient_accumulation_steps
         updates = calls // n if n else calls
-        pass_c = self._pass_coefficients(functions, learning_rate, updates)
+        settings, numbers = Settings(*fixed.numbers[:_SETTINGS]), fixed.numbers[_SETTINGS:]
+        pass_c = self._pass_coefficients(functions, settings, learning_rate, updates)
 
         def update() -> None:
             if self._is_fused:
                 # Divided, so that a traced count becomes a float in every library.
                 t = (updates + 1) / 1
-                rule_c = self._coefficients(rule, functions, learning_rate, t, *fixed.numbers)
-                factors = self._clip_factors(step, rule, selection, gradients, pass_c)
+                rule_c = self._coefficients(rule, functions, learning_rate, t, *numbers)
+                factors = self._clip_factors(
+                    step, rule, selection, gradients, pass_c, settings.threshold
+                )
                 backend.sweep(step, rule, selection, gradients, factors, rule_c, pass_c)
             else:
-                self._update_each(selection, gradients, learning_rate, step, pass_c)
+                self._update_each(
+                    selection, gradients, learning_rate, step, pass_c, settings.threshold
+                )
             # As in Keras, what had accumulated for a variable that now has no gradient is dropped.
             if n:
                 backend.clear(selection, gradients)
@@ -917,22 +954,25 @@ class Optimizer(_Base):
         self._passes = one, two, three, four
         return self._passes
 
-    def _pass_coefficients(self, functions: Any, rate: Any, updates: Any) -> PassCoefficients:
-        momentum, overwrite = 0.0, 0.0
+    def _pass_coefficients(
+        self, functions: Any, settings: Settings, rate: Any, updates: Any
+    ) -> PassCoefficients:
+        momentum, weight, overwrite = 0.0, 1.0, 0.0
         if self.use_ema:
             # The first average is the variable itself, not a step from zero towards it.
-            momentum = functions.where(updates < 1, 0.0, self.ema_momentum)
+            momentum = functions.where(updates < 1, 0.0, settings.momentum)
+            weight = functions.where(updates < 1, 1.0, settings.one_minus_momentum)
             if self.ema_overwrite_frequency is not None:
                 due = (updates + 1) % self.ema_overwrite_frequency < 1
                 overwrite = functions.where(due, 1.0, 0.0)
         # By position: this is done at every step.
         return PassCoefficients(
-            self.loss_scale_factor or 1.0,
+            settings.scale,
             float(self.gradient_accumulation_steps or 1),
-            self.clipvalue or 0.0,
-            0.0 if self.weight_decay is None else self.weight_decay * rate,
+            settings.clipvalue,
+            0.0 if self.weight_decay is None else settings.weight_decay * rate,
             momentum,
-            1.0 - momentum,
+            weight,
             overwrite,
             0.0,
         )
@@ -941,13 +981,14 @@ class Optimizer(_Base):
         """The rule's own settings at this step: numbers, of callables too."""
         return ()
 
+    def _numbers(
+        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """What `_coefficients` needs of them, in double precision, which a step may not have."""
+        return tuple(hyperparameters)
+
     def _coefficients(
-        self,
-        rule: RuleKey,
-        functions: Any,
-        learning_rate: Any,
-        t: Any,
-        *hyperparameters: float,
+        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
     ) -> Sequence[Any]:
         """What the rule needs beside the arrays at step t = 1, 2, ..."""
         raise NotImplementedError
@@ -959,6 +1000,7 @@ class Optimizer(_Base):
         selection: Selection,
         gradients: Any,
         pass_c: PassCoefficients,
+        threshold: Any,
     ) -> Sequence[Any]:
         if not kind.clipped_by_factor:
             return ()
@@ -969,9 +1011,9 @@ class Optimizer(_Base):
         is_joint = self.clipnorm is None
         norms = backend.norms(self._passes[3], rule, selection, gradients, pass_c, joint=is_joint)
         if is_joint:
-            factor = type(self)._clip_factor_of_all(functions, norms[0], self.global_clipnorm)
+            factor = type(self)._clip_factor_of_all(functions, norms[0], threshold)
             return [factor] * len(selection.entries)
-        return [clip_factor(functions, norm, self.clipnorm) for norm in norms]
+        return [clip_factor(functions, norm, threshold) for norm in norms]
 
     def _update_each(
         self,
@@ -980,11 +1022,12 @@ class Optimizer(_Base):
         learning_rate: Any,
         kind: Pass,
         pass_c: PassCoefficients,
+        threshold: Any,
     ) -> None:
         """The step of a subclass that has an `update_step` of its own, variable by variable."""
         backend = self._backend
         assert backend is not None
-        factors = self._clip_factors(kind, _no_rule, selection, gradients, pass_c)
+        factors = self._clip_factors(kind, _no_rule, selection, gradients, pass_c, threshold)
         backend.update_each(
             kind,
             selection,
@@ -1008,9 +1051,10 @@ class Optimizer(_Base):
 
     def _update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """`update_step` by the rule."""
-        entry, backend, numbers = self._entry(variable), self._backend, self._hyperparameters()
+        entry, backend = self._entry(variable), self._backend
         assert backend is not None
-        rule = self._rule_of(numbers)
+        hyperparameters = self._hyperparameters()
+        rule = self._rule_of(hyperparameters)
         selection = self._selection((entry,))
         gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
         rule_c = self._coefficients(
@@ -1018,7 +1062,7 @@ class Optimizer(_Base):
             backend.functions,
             backend.rate(learning_rate),
             (self.iterations + 1) / 1,
-            *numbers,
+            *self._numbers(backend.functions, rule, hyperparameters),
         )
         backend.sweep(_UPDATE, rule, selection, gradients, (), rule_c, PassCoefficients())
         backend.check_run()
@@ -1400,6 +1444,7 @@ class Optimizer(_Base):
             "_selections": {},
             "_recent": None,
             "_passes": None,
+            "_latest": None,
             "_names": None,
             "_excluded_variables": [],
             "_excluded_exact": self._excluded_by_name(),
@@ -1427,7 +1472,7 @@ _NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
 _PASSES: dict[Pass, Pass] = {}
 _UPDATE = Pass(gradient=True, updates=True)
 # For how many sets of variables with gradients an optimizer keeps what was prepared.
-_SELECTIONS = 32
+_SELECTIONS = 1024
 
 
 def _make_nothing(sqrt: Any, maximum: Any) -> Any:
@@ -1524,12 +1569,26 @@ def _is_schedule(value: Any) -> bool:
     return any(base.__name__ == "LearningRateSchedule" for base in type(value).__mro__)
 
 
-class Fixed(NamedTuple):
-    """What a compiled step may take as constant."""
+class Settings(NamedTuple):
+    """The numbers of a step that are of no rule."""
 
-    version: int  # of the settings
+    scale: Any
+    clipvalue: Any
+    weight_decay: Any
+    momentum: Any
+    one_minus_momentum: Any
+    threshold: Any  # of a norm
+
+
+_SETTINGS = len(Settings._fields)
+
+
+class Fixed(NamedTuple):
+    """What a compiled step may take as constant, and the numbers that are its arguments."""
+
+    version: tuple[Any, ...]  # of what the settings make of a step
     rule: RuleKey
-    numbers: tuple[Any, ...]  # the rule's hyperparameters
+    numbers: tuple[Any, ...]  # `Settings`, and what the rule needs
 
 
 class _Restored(NamedTuple):

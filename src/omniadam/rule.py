@@ -58,14 +58,41 @@ def adam_coefficients(
     With `epsilon_hat=False`, epsilon is the one of Algorithm 1, which PyTorch and optax use:
     multiplying numerator and denominator by sqrt(1 - beta_2**t) makes it epsilon hat.
     """
+    memories = memory(functions, beta_1, short_1), memory(functions, beta_2, short_2)
+    return adam_coefficients_by(
+        functions, learning_rate, t, *memories[0], *memories[1], epsilon, epsilon_hat=epsilon_hat
+    )
+
+
+def memory(functions: Functions, beta: Value, short: bool = False) -> tuple[Value, Value]:
+    """What coefficients need of a beta: its logarithm, and the weight of a mean by it."""
+    return functions.log(beta), beta if short else 1 - beta
+
+
+def adam_coefficients_by(
+    functions: Functions,
+    learning_rate: Value,
+    t: Value,
+    log_1: Value,
+    weight_1: Value,
+    log_2: Value,
+    weight_2: Value,
+    epsilon: Value,
+    *,
+    epsilon_hat: bool,
+) -> AdamCoefficients:
+    """`adam_coefficients` by the `memory` of each beta.
+
+    These are lost on float32 unless they were computed in double precision before.
+    """
     # 1 - beta**t by expm1, since beta**t is close to 1 in the first steps and the difference would
     # cancel where t is traced in float32.
-    correction_1 = -functions.expm1(t * functions.log(beta_1))
-    correction_2 = functions.sqrt(-functions.expm1(t * functions.log(beta_2)))
+    correction_1 = -functions.expm1(t * log_1)
+    correction_2 = functions.sqrt(-functions.expm1(t * log_2))
     return AdamCoefficients(
         alpha=learning_rate * correction_2 / correction_1,
-        weight_1=beta_1 if short_1 else 1 - beta_1,
-        weight_2=beta_2 if short_2 else 1 - beta_2,
+        weight_1=weight_1,
+        weight_2=weight_2,
         epsilon=epsilon if epsilon_hat else epsilon * correction_2,
     )
 

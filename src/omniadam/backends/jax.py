@@ -31,7 +31,7 @@ from jax.core import Tracer
 from .. import options, versions
 from ..kernels import xla
 from ..rule import Pass, RuleKey, make_adam
-from .base import FLOATS, HALVES, Entry, Selection, received
+from .base import FLOATS, HALVES, Entry, Latest, Selection, received
 from .functional import Cells, Functional
 from .host import Numbers
 
@@ -54,8 +54,8 @@ except ImportError:  # no array is of this type, and all are looked at longer
 _Array: Any = ArrayImpl
 # A step for given gradients and a given learning rate (of a callable, else None).
 Advance = Callable[[Any, Any], None]
-# How many versions of the settings a selection keeps compiled steps for.
-_KEPT = 8
+# How many steps a selection keeps compiled, by what the settings make of a step.
+_KEPT = 16
 # How a step is traced: for the kernels of the CPU to run it, or to see what it overwrites.
 _BY_KERNELS, _REHEARSED = "by kernels", "rehearsed"
 
@@ -217,6 +217,8 @@ class JAX(Functional):
         self._is_mutable = any(isinstance(v, jax.Ref) for v in variables)
         # Where state lies that belongs to no variable.
         self._home = _home([v for v in variables if not isinstance(v, Tracer)])
+        # The numbers of the latest step, whether in double precision, and as an array.
+        self._numbers: tuple[tuple[Any, ...], bool, Any] | None = None
         # Whether a step in a function that a user compiles calls the kernels: see `prefer_kernels`.
         self._prefers_kernels = False
 
@@ -491,24 +493,34 @@ class JAX(Functional):
         rate: Any,
         fixed: Any,
     ) -> None:
-        def advance(gradients: Any, rate: Any) -> None:
-            step(selection, gradients, rate, fixed)
+        def advance(gradients: Any, given: Any) -> None:
+            rate, numbers = given
+            step(selection, gradients, rate, fixed._replace(numbers=tuple(numbers)))
 
+        given = rate, fixed.numbers
         if not nothing_is_traced() or _has_stand_ins(selection):
             if self._prefers_kernels:
-                self._run_by_kernels(advance, selection, gradients, rate)
+                self._run_by_kernels(advance, selection, gradients, given)
             else:
-                self.run_here(advance, selection, gradients, rate)
+                self.run_here(advance, selection, gradients, given)
             return
         is_open = refs_are_open() or not self._is_mutable
-        programs = selection.prepared.setdefault("programs", {})
-        key = is_open, fixed
-        program = programs.get(key)
-        if program is None:
-            while len(programs) >= _KEPT:
-                programs.pop(next(iter(programs)))
-            program = programs[key] = self._program(is_open, advance, selection, gradients, rate)
-        program(gradients, rate)
+        programs = selection.prepared.setdefault("programs", Latest(_KEPT))
+        programs.found(
+            (is_open, *fixed[:2]),
+            lambda: self._program(is_open, advance, selection, gradients, given),
+        )(gradients, given)
+
+    def _argument(self, numbers: tuple[Any, ...]) -> Any:
+        """Numbers as an argument of a program: an array, which is made anew where they changed."""
+        is_wide, known = bool(jax.config.jax_enable_x64), self._numbers
+        if known is None or known[0] is not numbers or known[1] != is_wide:
+            if not all(isinstance(x, float) for x in numbers):
+                return numbers
+            with np.errstate(over="ignore"):
+                values = np.array(numbers, np.float64 if is_wide else np.float32)
+            known = self._numbers = numbers, is_wide, jax.device_put(values)
+        return known[2]
 
     def _program(
         self, is_open: bool, advance: Advance, selection: Selection, gradients: Any, rate: Any
@@ -532,7 +544,10 @@ class JAX(Functional):
             self.run_here(advance, selection, gradients, rate)
 
         # Which closes over the Refs, as JAX documents it.
-        return InTurn(self.turn, here).call
+        compiled = InTurn(self.turn, here)
+        return lambda gradients, given: compiled.call(
+            gradients, (given[0], self._argument(given[1]))
+        )
 
     def run_here(
         self,
@@ -723,22 +738,20 @@ class JAX(Functional):
         rate, fixed = optimizer._rate_and_fixed()
         owners = [*(e.variable for e in entries), *(v for _, v in named)]
 
-        def pure(values: list[Any], gradients: list[Any], rate: Any) -> list[Any]:
+        def pure(values: list[Any], gradients: list[Any], rate: Any, numbers: Any) -> list[Any]:
             cells = {id(v): (v, x) for v, x in zip(owners, values, strict=True)}
+            now = fixed._replace(numbers=tuple(numbers))
             self.inline(
-                lambda: optimizer._advance(selection, gradients, rate, fixed), selection, cells
+                lambda: optimizer._advance(selection, gradients, rate, now), selection, cells
             )
             return [cells[id(v)][1] for v in owners]
 
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((values, gradients, rate))):
-            new = pure(values, gradients, rate)
+            new = pure(values, gradients, rate, fixed.numbers)
         else:
-            programs = selection.prepared.setdefault("stateless", {})
-            if fixed not in programs:
-                while len(programs) >= _KEPT:
-                    programs.pop(next(iter(programs)))
-                programs[fixed] = jax.jit(pure)
-            new = programs[fixed](values, gradients, rate)
+            programs = selection.prepared.setdefault("stateless", Latest(_KEPT))
+            program = programs.found(fixed[:2], lambda: jax.jit(pure))
+            new = program(values, gradients, rate, self._argument(fixed.numbers))
         return new[: len(entries)], new[len(entries) :]
 
     # --- differentiation ---
@@ -910,11 +923,12 @@ class Program:
         config = jax.config
         keeps = config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit
         donates = self._owns and not keeps
+        given = rate[0], self._backend._argument(rate[1])
         run = self._compiled if donates else self._keeping
 
         def arguments() -> tuple[Any, ...]:
             old, others = [ref._buf for ref in self._changed], [ref._buf for ref in self._kept]
-            return old, others, gradients, rate
+            return old, others, gradients, given
 
         def use(compiled: Any) -> None:
             # Once the old arrays are given away, the new ones must reach their Refs. This is one

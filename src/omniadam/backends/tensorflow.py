@@ -25,7 +25,7 @@ import tensorflow as tf
 from .. import options, versions
 from ..rule import Pass, RuleKey
 from ..sparse import unmasked
-from .base import FLOATS, HALVES, Entry, Selection, received, takes_arguments
+from .base import FLOATS, HALVES, Entry, Latest, Selection, received, takes_arguments
 from .functional import Cells, Functional
 from .host import Numbers
 
@@ -40,8 +40,8 @@ except ImportError:  # pragma: no cover
 
 
 Step = Callable[[Selection, Any, Any, Any], None]
-# How many versions of the settings a selection keeps compiled steps for.
-_KEPT = 8
+# How many steps a selection keeps compiled, by what the settings make of a step.
+_KEPT = 16
 _made = count()
 # How a step is traced as a program: in one part, or in parts that XLA compiles one by one.
 _WHOLE, _IN_PARTS = "whole", "in parts"
@@ -457,13 +457,11 @@ class TensorFlow(Functional):
             with self.turn:
                 return self._run_here(step, selection, gradients, rate, fixed, has_turn=True)
         version, rule, numbers = fixed
-        programs = selection.prepared.setdefault("programs", {})
-        key = version, rule, rate is None, *(g.dtype for g in gradients)
-        program = programs.get(key)
-        if program is None:
-            while len(programs) >= _KEPT:
-                programs.pop(next(iter(programs)))
-            program = programs[key] = Program(self, step, selection, gradients, rate, fixed)
+        programs = selection.prepared.setdefault("programs", Latest(_KEPT))
+        program = programs.found(
+            (version, rule, rate is None, *(g.dtype for g in gradients)),
+            lambda: Program(self, step, selection, gradients, rate, fixed),
+        )
         new: dict[int, Any] = program(gradients, rate, numbers)
         return new
 

@@ -14,6 +14,7 @@ from ..backends import backend_of
 from ..backends.base import Backend, Entry, Selection, check_constrained
 from ..backends.functional import Functional
 from ..backends.host import HostMemory
+from ..optimizer import Fixed
 from ..options import Option
 from ..rule import RuleKey, clip_factor_joint, decayed_rate, make_element, make_gradient
 
@@ -64,15 +65,19 @@ class Engine(Adam):
         # One form for every beta: its bits are those of the older generations.
         return self._rule
 
-    def _coefficients(
-        self,
-        rule: RuleKey,
-        functions: Any,
-        learning_rate: Any,
-        t: Any,
-        *hyperparameters: Any,
-    ) -> Sequence[Any]:
+    def _fixed_by(self, hyperparameters: tuple[Any, ...]) -> Fixed:
+        return self._make_fixed(hyperparameters)  # they may be symbolic, which are not compared
+
+    def _numbers(
+        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
+    ) -> tuple[Any, ...]:
         decay, *others = hyperparameters
+        return (decay, *super()._numbers(functions, rule, others))
+
+    def _coefficients(
+        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> Sequence[Any]:
+        decay, *others = numbers
         if not isinstance(decay, float) or decay > 0.0:
             learning_rate = decayed_rate(learning_rate, decay, t)
         return super()._coefficients(rule, functions, learning_rate, t, *others)
@@ -215,8 +220,11 @@ class Engine(Adam):
         gathered = backend.gather(
             selection, [backend.gradient(g, e) for g, e in zip(dense, entries, strict=True)]
         )
-        c = twin._pass_coefficients(backend.functions, 0.0, 0)
-        factors = twin._clip_factors(kind, self._rule, selection, gathered, c) or [1.0] * len(dense)
+        settings = twin._settings_now()
+        c = twin._pass_coefficients(backend.functions, settings, 0.0, 0)
+        factors = twin._clip_factors(
+            kind, self._rule, selection, gathered, c, settings.threshold
+        ) or [1.0] * len(dense)
         if isinstance(backend, Functional):
             factors = [
                 backend._coefficients([factor], entry.dtype)[0]
