@@ -1583,6 +1583,42 @@ def test_pickle_and_deepcopy(carry: Callable[[Any], Any]) -> None:
     assert other.get_config() == opt.get_config()
 
 
+def test_a_keras_optimizer_keeps_values_sharded() -> None:
+    """Built on one device, as in Keras's guide to distributed training, and stepped on four."""
+    code = """
+import jax, jax.numpy as jnp, keras, numpy as np, omniadam.keras
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+sharded, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
+w = keras.Variable(np.arange(8.0, dtype=np.float32))
+opt = omniadam.keras.Adam(0.1, clipnorm=1.0)
+opt.build([w])
+state = [jax.device_put(v.value, sharded if v.ndim else whole) for v in opt.variables]
+given, value = (jax.device_put(x, sharded) for x in (jnp.ones(8), w.value))
+step = jax.jit(lambda s, g, p: opt.stateless_apply(s, [g], [p])).lower(state, given, value).compile()
+(new,), state = step(state, given, value)
+assert "all-gather(" not in step.as_text()
+assert all(v.sharding.spec == PartitionSpec("x") for v in (new, *state) if v.ndim)
+"""
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def test_finalize_inside_a_compiled_function() -> None:
+    opt, params = Adam(0.1, use_ema=True), refs_of([np.ones(3, np.float32)])
+    opt.build(params)
+    end = jax.jit(lambda: opt.finalize_variable_values(params))
+    end()  # of no step: it cannot raise, and leaves what there is
+    np.testing.assert_array_equal(np.asarray(params[0][...]), np.ones(3))
+    for _ in range(3):
+        opt.apply([jnp.ones(3)], params)
+    average = np.array(opt.variables[2][...])
+    end()
+    np.testing.assert_array_equal(np.asarray(params[0][...]), average)
+    assert not np.allclose(average, 1.0)
+
+
 def test_finalize() -> None:
     opt, params = Adam(0.1, use_ema=True), refs_of(start(dtype="bfloat16"))
     for i in range(3):

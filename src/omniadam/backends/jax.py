@@ -566,9 +566,16 @@ class JAX(Functional):
                 self.store(*cell)
 
     def prefer_kernels(self, variables: Sequence[Any]) -> None:
-        """Let steps in functions that are compiled call the kernels, if all is on one CPU."""
+        """Let steps in functions that are compiled call the kernels, if all is on one CPU.
+
+        Values that such a function is given may lie elsewhere than these variables, and how they
+        are sharded is not known before it is compiled: there must be no other device to lie on.
+        """
         self._prefers_kernels = (
-            jax.default_backend() == "cpu" and all(map(_is_on_cpu, variables)) and _kernels_work()
+            jax.default_backend() == "cpu"
+            and jax.device_count() == 1
+            and all(map(_is_on_cpu, variables))
+            and _kernels_work()
         )
 
     def _run_by_kernels(
