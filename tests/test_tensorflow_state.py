@@ -479,3 +479,62 @@ def test_what_is_masked(form: str) -> None:
     with pytest.raises(TypeError, match="must not be masked"):
         opt.apply([g if form == "dense" else slices], [w])
     assert w.numpy().tolist() == np.ones((2, 2)).tolist()
+
+
+# --- what is compiled ---
+
+CHANGING: dict[str, tuple[Any, dict[str, Any], Callable[[int], float]]] = {
+    "weight_decay": (Adam, {"weight_decay": 0.1}, lambda i: 0.01 * i),
+    "clipnorm": (Adam, {"clipnorm": 1.0}, lambda i: 0.1 * i),
+    "global_clipnorm": (Adam, {"global_clipnorm": 1.0}, lambda i: 0.1 * i),
+    "clipvalue": (Adam, {"clipvalue": 1.0}, lambda i: 0.1 * i),
+    "ema_momentum": (Adam, {"use_ema": True}, lambda i: 0.9 + 0.01 * i),
+    "loss_scale_factor": (Adam, {"loss_scale_factor": 2.0}, lambda i: 2.0**i),
+    "beta_1": (Adam, {}, lambda i: 0.9 - 0.01 * i),
+    "epsilon": (Adam, {}, lambda i: 1e-7 * i),
+    "learning_rate": (Adam, {}, lambda i: 0.1 * i),
+    "lr": (optimizer_v2.Adam, {}, lambda i: 0.1 * i),
+    "decay": (optimizer_v2.Adam, {"decay": 0.1}, lambda i: 0.1 * i),
+    "beta_2": (optimizer_v2.Adam, {}, lambda i: 0.99 - 0.01 * i),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_setting_that_changes_at_each_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is an argument of what is compiled, once it has changed."""
+    compiled = []
+    monkeypatch.setattr(
+        backend.Program,
+        "_compile",
+        lambda self, *, compile=backend.Program._compile, **given: (
+            compiled.append(given),
+            compile(self, **given),
+        )[1],
+    )
+    kind, settings, value = CHANGING[name]
+    w, v, opt = tf.Variable(tf.ones(3)), tf.Variable(tf.ones(3)), kind(0.1, **settings)
+    other = kind(0.1, **settings)
+    for i in range(1, 7):
+        setattr(opt, name, value(i))
+        setattr(other, name, value(i))
+        opt.apply_gradients([(tf.constant(G), w)])
+        before = len(compiled)
+        tf.function(lambda: (other.apply_gradients([(tf.constant(G), v)]), tf.constant(0))[1])()
+        assert len(compiled) == before <= 3
+        np.testing.assert_allclose(w, v, rtol=1e-5)
+
+
+def test_many_sets_of_variables_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    ws, opt = [tf.Variable(tf.ones(1)) for _ in range(40)], Adam(0.1)
+    opt.build(ws)
+    compile, compiled = backend.Program._compile, []
+
+    def noted(self: Any, **given: Any) -> Any:
+        compiled.append(self)
+        return compile(self, **given)
+
+    monkeypatch.setattr(backend.Program, "_compile", noted)
+    for _ in range(2):
+        for w in ws:
+            opt.apply([tf.ones(1)], [w])
+    assert len(compiled) == len(ws)
