@@ -83,6 +83,8 @@ class KerasVariables(Backend):
     def recognise(self, selection: Selection, gradients: list[Any], variables: list[Any]) -> Any:
         if self.holder is None:
             given = [native(variable) for variable in variables]
+            if any(native(e.key) is not e.variable for e in selection.rest):
+                return None
         else:
             given = [held_for(v, e) for v, e in zip(variables, selection.entries, strict=False)]
         return super().recognise(selection, gradients, given)

@@ -106,14 +106,29 @@ class NumPy(HostMemory):
             )
         return _usable(np.asarray(gradient))
 
+    def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
+        gathered = super().gather(selection, gradients)
+        prepared = gathered.prepared
+        if "inspector" not in prepared:
+            # Noted where the memory was looked at, not at the next step: it may be other by then.
+            own = [entry.variable for entry in selection.entries]
+            every = [
+                each
+                for e in (*selection.entries, *selection.rest)
+                for each in (e.variable, *e.slots, e.accumulator, e.average)
+                if each is not None
+            ]
+            usable = can_inspect() and all(map(Inspector.takes, every))
+            given = {id(variable) for variable in own}
+            others = [each for each in every if id(each) not in given]
+            inspector = Inspector(own, others, prepared["memory"]) if usable else None
+            prepared["inspector"] = inspector
+        return gathered
+
     def recognise(
         self, selection: Selection, gradients: list[Any], variables: list[Any]
     ) -> Gradients | None:
         prepared = selection.prepared
-        if "inspector" not in prepared and "memory" in prepared:
-            own = [entry.variable for entry in selection.entries]
-            usable = can_inspect() and all(map(Inspector.takes, own))
-            prepared["inspector"] = Inspector(own, prepared["memory"]) if usable else None
         inspector = prepared.get("inspector")
         if inspector is None:
             return None

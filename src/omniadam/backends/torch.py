@@ -387,6 +387,12 @@ class TorchMemory(Torch, HostMemory):
     def operand(self, entry: Entry) -> Operand:
         # Variables and gradients were looked at before.
         for held in (*entry.slots, entry.accumulator, entry.average):
+            if held is not None and held.dtype not in _DTYPES:
+                raise ValueError(
+                    f"The optimizer's state for variable '{entry.name}' must stay as it was built, "
+                    f"of dtype {entry.slot_dtype}. It now has dtype {held.dtype}. Write to state "
+                    "variables in place, or use set_weights()."
+                )
             if held is not None and not _has_memory(held):
                 raise ValueError(
                     f"The optimizer's state for variable '{entry.name}' has no memory any more. "
@@ -503,22 +509,18 @@ class Placed:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
-        self._alike = _comparison(self._variables())
-        # Of state only the place can change in a way that matters.
         state = [(*e.slots, e.accumulator, e.average) for e in entries]
         self._state = [tensor for each in state for tensor in each if tensor is not None]
-        self._places = self._addresses(self._variables())
+        every = self._variables() + self._state
+        self._alike, self._places = _comparison(every), list(map(Tensor.data_ptr, every))
 
     def _variables(self) -> list[Tensor]:
         return [entry.variable for entry in self.entries]
 
-    def _addresses(self, variables: list[Tensor]) -> list[int]:
-        return list(map(Tensor.data_ptr, variables + self._state))
-
     def holds(self) -> bool:
-        variables = self._variables()
+        every = self._variables() + self._state
         try:
-            return self._alike(*variables) and self._addresses(variables) == self._places
+            return self._alike(*every) and list(map(Tensor.data_ptr, every)) == self._places
         except RuntimeError:  # no memory
             return False
 

@@ -31,6 +31,8 @@ _C_ORDER, _FORTRAN_ORDER, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
 # Words of a job.
 _COUNT, _EXPECTED, _GRADIENTS, _VARIABLES, _FOUND, _STARTS, _STOPS, _INTERVALS, _NDARRAY = range(9)
+_OTHERS = 9
+_WORDS = 10
 # Words of what is expected of a variable, then its dimensions.
 _OBJECT, _ADDRESS, _BYTES, _ORDER, _ELEMENT, _NDIM = range(6)
 _MAX_NDIM = 8
@@ -94,9 +96,9 @@ def _build() -> Any:
     is_expected = p.njit(is_expected)
 
     def kernel(job: int) -> Any:
-        j = view(to_pointer(job, int64), (9,))
-        n, intervals = j[_COUNT], j[_INTERVALS]
-        expected = view(to_pointer(j[_EXPECTED], int64), (n * _WIDTH,))
+        j = view(to_pointer(job, int64), (_WORDS,))
+        n, intervals, others = j[_COUNT], j[_INTERVALS], j[_OTHERS]
+        expected = view(to_pointer(j[_EXPECTED], int64), ((n + others) * _WIDTH,))
         found = view(to_pointer(j[_FOUND], int64), (n,))
         starts = view(to_pointer(j[_STARTS], int64), (intervals,))
         stops = view(to_pointer(j[_STOPS], int64), (intervals,))
@@ -122,6 +124,13 @@ def _build() -> Any:
             if low > 0 and stops[low - 1] > start and stop > start:
                 return i
             found[i] = start
+        for i in range(n, n + others):
+            e = expected[i * _WIDTH : (i + 1) * _WIDTH]
+            order = e[_ORDER] | _ALIGNED | _WRITEABLE
+            if not is_expected(e[_OBJECT], e, order, j[_NDARRAY]):
+                return -1
+            if word(e[_OBJECT] + _DATA) != e[_ADDRESS]:
+                return -1
         return n
 
     return kernel
@@ -141,16 +150,20 @@ class Inspector:
     """What a step expects of its arrays: these variables, unmoved, and gradients like them.
 
     Args:
-        variables: what the optimizer was built with; all must have passed its checks.
+        variables: those with gradients; all must have passed the optimizer's checks.
+        others: what else a step writes to, state and variables without gradients; likewise.
         memory: disjoint (start, stop) addresses that a step writes to, so that a gradient which
             shares memory with any of them is noticed.
     """
 
     def __init__(
-        self, variables: Sequence[npt.NDArray[Any]], memory: Sequence[tuple[int, int]]
+        self,
+        variables: Sequence[npt.NDArray[Any]],
+        others: Sequence[npt.NDArray[Any]],
+        memory: Sequence[tuple[int, int]],
     ) -> None:
         rows = []
-        for v in variables:
+        for v in (*variables, *others):
             order = v.flags.num & (_C_ORDER | _FORTRAN_ORDER)
             # An array that is both (a vector, say) needs only one of the flags.
             order = _C_ORDER if order & _C_ORDER else order
@@ -161,16 +174,16 @@ class Inspector:
             array("q", [word for row in rows for word in row]),
             array("q", [start for start, _ in spans] or [0]),
             array("q", [stop for _, stop in spans] or [0]),
-            list(variables),
+            [*variables, *others],
         )
-        self._job = array("q", [0] * 9)
-        self._job[_COUNT] = len(rows)
+        self._job = array("q", [0] * _WORDS)
+        self._job[_COUNT], self._job[_OTHERS] = len(variables), len(others)
         self._job[_EXPECTED] = self._held[0].buffer_info()[0]
         self._job[_STARTS] = self._held[1].buffer_info()[0]
         self._job[_STOPS] = self._held[2].buffer_info()[0]
         self._job[_INTERVALS] = len(spans)
         self._job[_NDARRAY] = id(np.ndarray)
-        self._blank = array("q", [0] * max(len(rows), 1))
+        self._blank = array("q", [0] * max(len(variables), 1))
         self._result = array("q", [0])
         self._run = _kernel()
 
