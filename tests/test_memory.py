@@ -125,3 +125,35 @@ def test_torch_counter_whose_data_is_replaced() -> None:
     assert opt.iterations == 5
     opt.apply([torch.ones(4)], [w])
     assert opt.iterations == 6 == opt.variables[0].item() == opt.get_weights()[0]
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("which", ["parameter", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_torch_drop_in_and_other_strides(steps: int, which: str, dtype: str) -> None:
+    """The numbers are those of torch.optim, given the same change."""
+    import torch
+
+    from omniadam import torch as ours
+
+    def run(kind: Any, change: Callable[[Any], None]) -> list[Any]:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(2, 2, dtype=getattr(torch, dtype)))
+        opt = kind([p], lr=0.1)
+        for i in range(steps + 2):
+            if i == steps:
+                change(p if which == "parameter" else opt.state[p][which])
+            p.grad = torch.randn(2, 2, dtype=p.dtype)
+            opt.step()
+        return [p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]]
+
+    def by_data(t: Any) -> None:
+        t.data = t.data.T
+
+    def in_place(t: Any) -> None:
+        t.data.t_() if which == "parameter" else t.t_()
+
+    for change in (by_data, in_place):
+        for got, want in zip(run(ours.Adam, change), run(torch.optim.Adam, change), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -144,3 +144,68 @@ def test_a_wrong_setting_is_an_error_before_anything_is_written(
         opt.apply([small.copy(), large.astype(np.float64)], [small, large])
     for got, want in zip((small, large, *opt.variables), values, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def drop_in(*sizes: int) -> tuple[Any, list[Any]]:
+    """`omniadam.torch.Adam` with a group for each parameter."""
+    torch = pytest.importorskip("torch")
+    kind = pytest.importorskip("omniadam.torch").Adam
+    params = [torch.ones(size, dtype=torch.float64) for size in sizes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return kind([{"params": [p]} for p in params], lr=1e-6), params
+
+
+@pytest.mark.needs("torch")
+def test_an_interrupted_step_of_the_torch_drop_in(
+    kernel: str, alarm: Callable[[float], None]
+) -> None:
+    opt, params = drop_in(1 << 15, 5)
+    opt.step()
+    rng, interrupts = np.random.default_rng(0), 0
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        try:
+            alarm(rng.uniform(1e-4, 4e-3))
+            while time.monotonic() < end + 1:
+                opt.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+        states = [opt.state[p] for p in params]
+        counts = [state["step"].item() for state in states]
+        assert counts[0] == counts[1]
+        for state in states:
+            assert abs(steps_seen(state["exp_avg_sq"].numpy()) - counts[0]) < 0.1
+    assert interrupts > 1
+
+
+@pytest.mark.needs("torch")
+def test_several_threads_step_one_torch_drop_in(kernel: str) -> None:
+    opt, params = drop_in(1 << 14, 3)
+    other, alone = drop_in(1 << 14, 3)
+
+    def train() -> None:
+        for _ in range(25):
+            opt.step()
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(100):
+        other.step()
+    for p, q in zip(params, alone, strict=True):
+        assert opt.state[p]["step"].item() == 100
+        assert (p == q).all() and (opt.state[p]["exp_avg"] == other.state[q]["exp_avg"]).all()
+
+
+@pytest.mark.needs("torch")
+def test_a_wrong_setting_is_an_error_before_the_torch_drop_in_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMNIADAM_NUM_THREADS", "two")
+    opt, params = drop_in(3, 1 << 20)
+    with pytest.raises(ValueError, match="OMNIADAM_NUM_THREADS must be"):
+        opt.step()
+    assert all((p == 1).all() for p in params) and not opt.state

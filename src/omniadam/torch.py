@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
-from operator import is_, itemgetter
+from itertools import chain, repeat
+from operator import is_, itemgetter, setitem
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from .backends import sharded
 from .backends.base import Entry, Selection
 from .backends.host import Numbers
 from .backends.torch import Scalars, Torch, TorchDevice, TorchMemory, _is_plain, _writing
+from .kernels.cpu import Work
 from .rule import (
     Pass,
     PassCoefficients,
@@ -223,10 +225,16 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
+        # Steps follow one another, whichever threads make them. A closure runs outside of it.
+        with self.__dict__.setdefault("_turn", threading.RLock()):
+            self._step_in_turn()
+
+    def _step_in_turn(self) -> None:
         # What a GradScaler leaves here for a step that unscales by itself.
         found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         count = len(self.state)
         replaced: list[Replaced] = []
+        whole = Work()
         try:
             if self._own:
                 raise RuntimeError("The parameters hold averages: step outside of averaged().")
@@ -240,9 +248,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 bucket.sweep(self.param_groups[bucket.group], factors.get(bucket, ()), scale)
                 for bucket, _ in work
             ]
+            for (bucket, gradients), sweep in zip(work, sweeps, strict=True):
+                bucket.add_to(whole, gradients, sweep)
         except BaseException:
             self._undo(replaced, count)
             raise
+        whole.whole(whole.do)
         for (bucket, gradients), sweep in zip(work, sweeps, strict=True):
             bucket.advance(gradients, sweep)
         if scale != 1.0:
@@ -778,9 +789,9 @@ class _Bucket:
     def _reached(self) -> list[Tensor]:
         return [*self.params, *(slot for each in map(self._slots, self._states) for slot in each)]
 
-    def _placed(self) -> list[int]:
-        # Of plain parameters the backend sees it.
-        return [] if self._is_plain else [sharded.local(p).data_ptr() for p in self.params]
+    def _placed(self) -> list[tuple[Any, ...]]:
+        # Of plain tensors the backend sees it; of others it sees only what was taken out of them.
+        return [] if self._is_plain else [sharded.place(t) for t in self._tensors]
 
     def is_current(self, state: Any, group: Mapping[str, Any]) -> bool:
         """Whether the state is what was prepared for, and counts what it was left to count."""
@@ -879,18 +890,29 @@ class _Bucket:
             PassCoefficients(scale, 1.0, now.clipvalue, decay, momentum, 1.0 - momentum),
         )
 
+    def add_to(self, whole: Work, gradients: Any, sweep: Sweep | None) -> None:
+        """Make the step, and its count, part of what is done as a whole, in the host's memory."""
+        if sweep is None or not isinstance(self._backend, TorchMemory):
+            return
+        gradients.work = whole
+        self._backend.sweep(*sweep[:3], gradients, *sweep[3:])
+        if not self.is_absent:
+            counted = map(setitem, self._counts, repeat(...), repeat(self._t + 1.0))
+            whole.calls.append((list, counted))
+
     def advance(self, gradients: Any, sweep: Sweep | None) -> None:
-        """Make the step."""
+        """Make the step elsewhere, and note that it was made."""
         if sweep is None:
             return
-        kind, rule, selection, factors, rule_c, pass_c = sweep
-        self._backend.sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+        is_on_host = isinstance(self._backend, TorchMemory)
+        if not is_on_host:
+            self._backend.sweep(*sweep[:3], gradients, *sweep[3:])
         if self.is_absent:
             return
         if not self._is_plain:
             torch.autograd.graph.increment_version(self.params)
         t = self._t + 1.0
-        for count in self._counts:
+        for count in () if is_on_host else self._counts:
             count[()] = t
         with torch.no_grad():
             for step in self._unreachable:

@@ -72,6 +72,11 @@ def looks(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where and how a tensor that is whole, or the part of one, lies in memory."""
+    return tensor.data_ptr(), tensor.stride(), tensor.is_conj(), tensor.is_neg(), *looks(tensor)
+
+
 def lies_like(a: Tensor, b: Tensor) -> bool:
     """Whether a has the order of memory that a tensor made like b would have."""
     return bool(a.stride() == b.stride() or a.stride() == torch.empty_like(b).stride())
