@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from omniadam import Adam, schedules
+from omniadam.kernels import cpu
 
 Arrays = list[np.ndarray[Any, Any]]
 PLACES: dict[str, Callable[[], Arrays]] = {
@@ -76,6 +77,15 @@ def test_an_interrupted_step_is_made_and_counted_or_neither(
             velocity = opt.named_variables()[f"{which}_velocity"]
             assert abs(steps_seen(velocity) - opt.iterations) < 0.1
     assert interrupts > 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_interrupted_step_that_helpers_share(
+    name: str, alarm: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMNIADAM_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu, "PARALLEL", 0)
+    test_an_interrupted_step_is_made_and_counted_or_neither(name, "two types", "numba", alarm)
 
 
 def test_several_threads_step_one_optimizer(kernel: str) -> None:

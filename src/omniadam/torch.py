@@ -227,7 +227,15 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     def _step(self) -> None:
         # Steps follow one another, whichever threads make them. A closure runs outside of it.
         with self.__dict__.setdefault("_turn", threading.RLock()):
-            self._step_in_turn()
+            try:
+                self._step_in_turn()
+            except BaseException:
+                # A GradScaler takes these away only after a step that went well, and would multiply
+                # the scale of the next step by that of this one.
+                if "found_inf" in self.__dict__:
+                    for name in ("found_inf", "grad_scale"):
+                        self.__dict__.pop(name, None)
+                raise
 
     def _step_in_turn(self) -> None:
         # What a GradScaler leaves here for a step that unscales by itself.
@@ -267,11 +275,6 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             held.update(values)
         while len(self.state) > count:
             self.state.popitem()
-        # A GradScaler takes these away only after a step that was made, and would multiply the
-        # scale of the next step by that of this one.
-        if "found_inf" in self.__dict__:
-            for name in ("found_inf", "grad_scale"):
-                self.__dict__.pop(name, None)
 
     # --- which parameters step together ---
 

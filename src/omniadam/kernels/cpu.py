@@ -526,8 +526,9 @@ class Work:
 
     def do(self) -> None:
         """Do all of it, and return when all is done."""
+        calls = starmap(call, self.calls)  # after which an interrupt may come, so that none is done
         try:
-            list(starmap(call, self.calls))  # one call of C, of nothing but C
+            list(calls)  # one call of C, of nothing but C
         finally:  # helpers must not outlive the memory that they work on
             for kernel, job in self._jobs:
                 _finish(kernel, job)
