@@ -25,10 +25,12 @@ import omniadam.optax  # noqa: E402
 from cases import FORMATS, SMALL_SHAPES, assert_close, gradients, variables  # noqa: E402
 from omniadam import schedules  # noqa: E402
 from omniadam.optax import adam, adamw, step  # noqa: E402
+from precision import double_precision  # noqa: E402
 from reference import Reference  # noqa: E402
 
 ours: Any = omniadam.optax
 NAMES = ("adam", "adamw", "scale_by_adam")
+partition: Any = getattr(optax, "partition", optax.multi_transform)  # its name before optax 0.2.5
 
 # --- The surface ---------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ def test_updates_are_those_of_optax(case: Case) -> None:
     Ours in float32 is within 16 ulps of optax in double: the roundings of m and v, of the
     coefficients, and 8 of a float32 cosine.
     """
-    with jax.enable_x64(True):
+    with double_precision():
         # Exact: without the roundings of a narrow `mu`.
         exact = Case(case.name, {k: v for k, v in case.settings.items() if k != "mu_dtype"})
         theirs = updates_of(made(optax, exact), "float64")
@@ -189,7 +191,7 @@ def test_updates_of_bfloat16_parameters(b2: float) -> None:
     In optax so is the velocity, and 0.999 is 1: what is less than half an ulp of it is lost.
     """
     case = Case("adam", {"b2": b2})
-    with jax.enable_x64(True):
+    with double_precision():
         exact = updates_of(made(optax, case), "float64", "bfloat16")
         want, sizes = exact(False), exact(True)
     got = updates_of(made(ours, case), "bfloat16")(False)
@@ -215,7 +217,7 @@ def test_small_float16_gradients() -> None:
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.5}], ids=["adam", "adamw"])
 def test_the_oracle(epsilon_hat: bool, dtype: str, settings: dict[str, Any]) -> None:
     """With `epsilon_hat`, Keras's numbers."""
-    with jax.enable_x64(dtype == "float64"):
+    with double_precision(dtype == "float64"):
         params = [jnp.asarray(x) for x in variables(dtype, 0, SMALL_SHAPES)]
         # Its update is of the parameter that the decay has left; the difference is a rounding.
         reference = Reference(
@@ -346,7 +348,7 @@ def complex_values(seed: int, dtype: Any) -> dict[str, Any]:
 def test_complex_parameters(case: Case, dtype: str) -> None:
     """The velocity is of the size of a gradient, and both its parts move by it together."""
     results = []
-    with jax.enable_x64(dtype == "complex128"):
+    with double_precision(dtype == "complex128"):
         for library in (ours, optax):
             solver, params = made(library, case), complex_values(0, dtype)
             state, update = solver.init(params), jax.jit(solver.update)
@@ -538,7 +540,7 @@ COMPOSED: dict[str, Callable[[Any], Any]] = {
     ),
     "multisteps": lambda m: optax.MultiSteps(m.adam(0.01), 3),
     "masked": lambda m: optax.masked(m.adam(0.01), {"layer": True, "rest": False}),
-    "partition": lambda m: optax.partition(
+    "partition": lambda m: partition(
         {"fast": m.adam(0.1), "slow": m.adamw(0.001, nesterov=True), "no": optax.set_to_zero()},
         {"layer": {"w": "fast", "b": "slow"}, "rest": "no"},
     ),

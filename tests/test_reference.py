@@ -455,11 +455,13 @@ def test_torch(name: str, settings: dict[str, Any], arguments: dict[str, Any], d
 def test_optax(name: str) -> None:
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
+    from precision import double_precision
+
     case = CASES[name]
     settings: dict[str, Any] = {"learning_rate": 0.001, "epsilon": 1e-8} | dict(case.settings)
     start = variables(WORKER_DTYPE, 0, SMALL_SHAPES)
     reference = case.reference(start, epsilon=settings["epsilon"], epsilon_hat=False)
-    with jax.enable_x64(True):
+    with double_precision():
         shared = {
             "learning_rate": settings["learning_rate"],
             "b1": settings.get("beta_1", 0.9),
