@@ -107,6 +107,10 @@ TABLE = {
     "mask": Case("adamw", {"weight_decay": 0.5, "mask": [True, False]}),
     "mask callable": Case("adamw", {"weight_decay": 0.5, "mask": mask_all}),
 }
+# The oldest optax has no schedule of the decay yet, always a rate, and floats of integers.
+IS_OLD = tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 8)
+if IS_OLD:
+    del TABLE["no learning_rate"], TABLE["decay schedule"]
 STEPS = 100
 SHAPES = ((2003,), ())
 
@@ -271,7 +275,7 @@ def assert_near(one: Any, other: Any, rtol: float = 1e-4) -> None:
         )
 
 
-STATES = ("defaults", "schedule", "mu_dtype", "adamw", "decay schedule", "mask callable")
+STATES = {"defaults", "schedule", "mu_dtype", "adamw", "decay schedule", "mask callable"}
 
 
 def with_velocity(state: Any, dtype: Any) -> Any:
@@ -280,7 +284,7 @@ def with_velocity(state: Any, dtype: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", sorted(STATES & TABLE.keys()))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_state_has_the_form_of_theirs(name: str, dtype: str) -> None:
     """But for the velocity of 16-bit parameters, of which `update` keeps the type that it has."""
@@ -404,6 +408,10 @@ LEAVES = {
 @pytest.mark.filterwarnings("ignore:.*(C|c)omplex.*")
 def test_leaves(leaf: Any, mu_dtype: Any) -> None:
     """Values and types of `init` and of two updates; the types may be weak in theirs."""
+    if IS_OLD and not all(
+        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in jax.tree.leaves(leaf)
+    ):
+        pytest.skip("integers are treated in another way")
     grads, results = {"a": leaf}, []
     for library in (ours, optax):
         solver = library.scale_by_adam(mu_dtype=mu_dtype)
