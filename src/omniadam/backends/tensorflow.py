@@ -121,7 +121,7 @@ def _in_xla() -> bool:
 def _least(gradient: Any) -> float:
     """The sum of squares above which those that underflow do not count."""
     info: Any = np.finfo(gradient.dtype.as_numpy_dtype)
-    size: int = math.prod(gradient.shape)
+    size: int = gradient.shape.num_elements()
     return size * 4.0 * float(info.tiny) / float(info.eps)
 
 
