@@ -269,8 +269,9 @@ class Reference:
 
         w, m, v = (self.state[name][i] for name in ("variable", "momentum", "velocity"))
         m_size, v_size = self.sizes["momentum"][i], self.sizes["velocity"][i]
-        m += (g.value - m) * (1 - beta_1)
-        v += (np.square(g.value) - v) * (1 - beta_2)
+        # As in the paper's Algorithm 1: of a small beta nothing of a larger old value is left.
+        m[...] = beta_1 * m + (1 - beta_1) * g.value
+        v[...] = beta_2 * v + (1 - beta_2) * np.square(g.value)
         m_size[...] = beta_1 * m_size + (1 - beta_1) * g.size
         v_size[...] = beta_2 * v_size + (1 - beta_2) * np.square(g.size)
         if self.amsgrad:

@@ -41,6 +41,7 @@ from omniadam import Adam, AdamW, Optimizer, schedules
 from omniadam.adam import _ADAM
 from omniadam.kernels import cpu, xla
 from omniadam.rule import RuleKey, make_adam
+from precision import double_precision
 from reference import Array, Reference
 
 jax = pytest.importorskip("jax")
@@ -192,7 +193,7 @@ SOME = ["defaults", "schedule", "clipvalue", "ema_overwrite_frequency", list(CAS
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", SOME)
 def test_every_dtype(name: str, dtype: str) -> None:
-    with jax.enable_x64(dtype == "float64"):
+    with double_precision(dtype == "float64"):
         run_case(CASES[name], dtype, SMALL_SHAPES)
 
 
@@ -205,7 +206,7 @@ def test_a_hundred_steps(name: str, path: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name", SOME)
 def test_every_dtype_by_xla_alone(name: str, dtype: str, path: str) -> None:
-    with jax.enable_x64(dtype == "float64"):
+    with double_precision(dtype == "float64"):
         run_case(CASES[name], dtype, SMALL_SHAPES)
 
 
@@ -215,7 +216,7 @@ def test_large_variables(name: str) -> None:
 
 
 def test_float32_variables_where_double_precision_is_on() -> None:
-    with jax.enable_x64(True):
+    with double_precision():
         params = refs_of(start())
         opt = Adam(0.001)
         opt.build(params)
@@ -596,7 +597,7 @@ def test_norms_do_not_overflow(
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_derivative_through_a_clipped_step(clip: dict[str, float], at: float) -> None:
     """Where the gradient of one variable is zero, or of all."""
-    with jax.enable_x64(True):
+    with double_precision():
         opt, params = Adam(0.1, epsilon=1e-2, **clip), [jnp.ones(2), jnp.ones(1)]
         opt.build(params)
         state = opt.variables
@@ -1039,7 +1040,7 @@ def test_vmap() -> None:
 
 def test_derivative_through_steps() -> None:
     """By differences in double precision; where a gradient is zero, too."""
-    with jax.enable_x64(True):
+    with double_precision():
         start_at, slope = jnp.array([0.7, -0.3, 0.0]), jnp.array([2.0, 1.0, 0.0])
         opt = Adam(0.1, epsilon=1e-3, global_clipnorm=5.0, use_ema=True, amsgrad=True)
         opt.build([start_at])
@@ -1320,7 +1321,7 @@ def test_variables_that_cannot_be_trained(name: str) -> None:
 
 
 def test_float64_without_double_precision() -> None:
-    with jax.enable_x64(True):
+    with double_precision():
         params = refs_of(start(dtype="float64"))
     with pytest.raises(ValueError, match="jax_enable_x64"):
         Adam().build(params)
