@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -1039,3 +1040,33 @@ def test_variable_that_changes_between_steps(
             opt.apply_gradients(zip(grads, params, strict=True))
         assert [w.tolist() for w in params] == [old.tolist() for old in before]
         assert opt.iterations == 2
+
+
+def test_regions_that_overlap() -> None:
+    """As NumPy says of each pair."""
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(400):
+        memory = np.zeros((6, 8), np.float32)
+        views: list[Array] = []
+        for _ in range(rng.integers(2, 5)):
+            (a, b), (c, d) = np.sort(rng.integers(0, 7, 2)), np.sort(rng.integers(0, 9, 2))
+            view = memory[a : b : rng.integers(1, 4), c : d : rng.integers(1, 4)]
+            view = view[:: rng.choice([1, -1]), :: rng.choice([1, -1])]
+            wide = view.shape[1] and view.strides[1] == 4
+            views.append(view.view(np.uint16) if wide and rng.random() < 0.3 else view)
+        regions = [layout.Region(v.ctypes.data, v.shape, v.strides, v.itemsize) for v in views]
+        found = layout.overlapping(regions)
+        pairs = [(i, j) for j in range(len(views)) for i in range(j)]
+        expected = [p for p in pairs if np.shares_memory(views[p[0]], views[p[1]])]
+        assert found is None if not expected else tuple(sorted(found or ())) in expected
+        outcomes.append(found is None)
+    assert 50 < sum(outcomes) < 350
+
+
+def test_many_columns_of_one_matrix() -> None:
+    whole = np.zeros((4, 5000))
+    columns = [whole[:, i] for i in range(5000)]
+    start = time.perf_counter()
+    Adam().build(columns)
+    assert time.perf_counter() - start < 5.0  # to compare all pairs takes 30 s

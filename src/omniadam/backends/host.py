@@ -6,7 +6,7 @@ import copy
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import setitem
@@ -144,24 +144,11 @@ class HostMemory(Backend):
         )
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
-        spans = []
-        for entry in entries:
-            for values in _arrays(self.operand(entry)):
-                if values.size:
-                    spans.append((*np.lib.array_utils.byte_bounds(values), entry, values))
-        spans.sort(key=lambda span: span[:2])
-        reach: list[Any] = []
-        for low, high, entry, values in spans:
-            reach = [other for other in reach if other[1] > low]
-            for _, _, other, others in reach:
-                if np.shares_memory(values, others):
-                    raise ValueError(
-                        "Variables must not share memory, nor with the optimizer's state. "
-                        f"Received '{other.name}' of shape {other.shape} and '{entry.name}' of "
-                        f"shape {entry.shape}, which overlap. Pass each variable once, or pass the "
-                        "array that both are views of."
-                    )
-            reach.append((low, high, entry, values))
+        check_distinct(
+            (entry, layout.Region(a.ctypes.data, a.shape, a.strides, a.itemsize))
+            for entry in entries
+            for a in _arrays(self.operand(entry))
+        )
 
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         plain = array("q", [0] * len(gradients))
@@ -465,6 +452,19 @@ def twin_apply(
     twin.set_weights(state)
     twin.apply(gradients, copies)
     return copies, twin.variables
+
+
+def check_distinct(regions: Iterable[tuple[Entry, layout.Region]]) -> None:
+    """Raise ValueError if two of the regions that entries have in one memory overlap."""
+    held = list(regions)
+    found = layout.overlapping([region for _, region in held])
+    if found is not None:
+        one, other = (held[i][0] for i in found)
+        raise ValueError(
+            "Variables must not share memory, nor with the optimizer's state. Received "
+            f"'{one.name}' of shape {one.shape} and '{other.name}' of shape {other.shape}, which "
+            "overlap. Pass each variable once, or pass the array that both are views of."
+        )
 
 
 def _arrays(operand: Operand) -> list[Array]:

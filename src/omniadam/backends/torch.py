@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import pairwise
 from operator import is_, setitem
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from ..rule import Pass, RuleKey
 from ..sparse import IndexedSlices
 from .base import HALVES, Backend, Entry, Selection, received, takes_arguments
 from .functional import Functional
-from .host import Gradients, HostMemory, Numbers, twin_apply
+from .host import Gradients, HostMemory, Numbers, check_distinct, twin_apply
 
 versions.check("torch", torch.__version__)
 
@@ -696,22 +695,16 @@ class TorchDevice(Torch, Functional):
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
         self._device = entries[0].variable.device
-        spans: dict[Any, list[tuple[int, int, Entry]]] = {}
+        regions: dict[torch.device, list[tuple[Entry, layout.Region]]] = {}
         for entry in entries:
             for v in _tensors(entry):
-                if v.numel() and _is_plain(v) and not v.is_meta:
-                    start = v.data_ptr()
-                    span = start, start + _reach(v) * v.element_size(), entry
-                    spans.setdefault(v.device, []).append(span)
-        for each in spans.values():
-            each.sort(key=lambda span: span[:2])
-            for (_, stop, one), (start, _, other) in pairwise(each):
-                if start < stop:
-                    raise ValueError(
-                        f"Variables must not share memory. Received '{one.name}' of shape "
-                        f"{one.shape} and '{other.name}' of shape {other.shape}, which overlap. "
-                        "Pass each variable once."
-                    )
+                if _is_plain(v) and not v.is_meta:
+                    size = v.element_size()
+                    strides = tuple(size * stride for stride in v.stride())
+                    region = layout.Region(v.data_ptr(), tuple(v.shape), strides, size)
+                    regions.setdefault(v.device, []).append((entry, region))
+        for each in regions.values():
+            check_distinct(each)
 
     def place(self, selection: Selection) -> Any:
         tensors = [v for e in (*selection.entries, *selection.rest) for v in _tensors(e)]

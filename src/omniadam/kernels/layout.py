@@ -7,10 +7,11 @@ Without Numba everything goes through such buffers, and the rule runs on NumPy's
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -352,3 +353,66 @@ def is_injective(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1
             return False
         reach = stride * (n - 1) + reach
     return True
+
+
+class Region(NamedTuple):
+    """Where a view lies in memory: `strides` and `itemsize` are in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    def span(self) -> tuple[int, int]:
+        """The first byte, and the one after the last."""
+        steps = [s * (n - 1) for s, n in zip(self.strides, self.shape, strict=True)]
+        low = self.address + sum(step for step in steps if step < 0)
+        return low, self.address + sum(step for step in steps if step > 0) + self.itemsize
+
+
+def overlapping(regions: Sequence[Region]) -> tuple[int, int] | None:
+    """Two of the regions, none of which overlaps itself, that have a byte in common, if any do.
+
+    Views may lie between each other's elements, as the columns of a matrix do.
+    """
+    spans = sorted((*r.span(), i) for i, r in enumerate(regions) if math.prod(r.shape))
+    between: list[int] = []  # that may overlap
+    reach = 0
+    for low, high, i in spans:
+        if low >= reach and between:
+            if found := _overlapping_between(regions, between):
+                return found
+            between = []
+        between.append(i)
+        reach = max(reach, high)
+    return _overlapping_between(regions, between)
+
+
+def _overlapping_between(regions: Sequence[Region], chosen: list[int]) -> tuple[int, int] | None:
+    if len(chosen) < 2:
+        return None
+    spans = [regions[i].span() for i in chosen]
+    low, high = min(a for a, _ in spans), max(b for _, b in spans)
+    unit = high - low
+    for i in chosen:
+        address, shape, strides, itemsize = regions[i]
+        steps = [s for s, n in zip(strides, shape, strict=True) if n > 1]
+        unit = math.gcd(unit, address - low, itemsize, *steps)
+    # One mark for each unit of memory: comparing all pairs would take time quadratic in their
+    # number, and for some pairs exponential time.
+    marks = np.zeros((high - low) // unit, bool)
+
+    def marks_of(i: int) -> npt.NDArray[np.bool_]:
+        address, shape, strides, itemsize = regions[i]
+        axes = [(n, s // unit) for n, s in zip(shape, strides, strict=True) if n > 1]
+        axes.append((itemsize // unit, 1))
+        sizes, steps = zip(*axes, strict=True)
+        return np.ndarray(sizes, bool, marks, (address - low) // unit, steps)
+
+    for k, i in enumerate(chosen):
+        if marks_of(i).any():
+            marks[...] = False
+            marks_of(i)[...] = True
+            return next((j, i) for j in chosen[:k] if marks_of(j).any())
+        marks_of(i)[...] = True
+    return None
