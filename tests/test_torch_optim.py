@@ -13,6 +13,8 @@ import random
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, localcontext
@@ -510,7 +512,9 @@ LATER: dict[str, tuple[dict[str, Any], str]] = {
     "negative beta": ({"betas": (-0.5, 0.9)}, "`betas` must be two numbers"),
     "a beta that is no number": ({"betas": (0.9, float("nan"))}, "`betas` must be two numbers"),
     "tensor betas": ({"betas": (torch.tensor(1.0), torch.tensor(0.9))}, "`betas` must be two"),
-    "one beta": ({"betas": (0.9,)}, "values to unpack"),
+    "one beta": ({"betas": (0.9,)}, "`betas` must be two numbers"),
+    "three betas": ({"betas": (0.9, 0.9, 0.9)}, "`betas` must be two numbers"),
+    "a number for betas": ({"betas": 0.9}, "`betas` must be two numbers"),
     "long lr": ({"lr": torch.tensor([0.1, 0.2])}, "`lr` must be a number"),
     "text": ({"lr": "0.1"}, "`lr` must be a number"),
     "no eps": ({"eps": None}, "`eps` must be a number"),
@@ -1436,6 +1440,9 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "negative number of steps": lambda s: s.update(step=-1),
     "a step that is no number": lambda s: s.update(step=torch.tensor(float("nan"))),
     "steps": lambda s: s.update(step=torch.ones(2)),
+    "complex steps": lambda s: s.update(step=torch.tensor(2j)),
+    "steps as text": lambda s: s.update(step="2"),
+    "complex": lambda s: s.update(exp_avg=torch.ones(3, dtype=torch.complex64)),
 }
 
 
@@ -1491,11 +1498,29 @@ def test_a_state_whose_entry_is_no_dictionary() -> None:
         opt.load_state_dict(state)
 
 
-def test_16_bit_counts_are_widened() -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "uint8", "int8", "int16", "bool"])
+def test_counts_of_small_types_are_widened(dtype: str) -> None:
     params, opt = trained(Adam)
-    opt.state[params[0]]["step"] = torch.tensor(256.0, dtype=torch.bfloat16)
-    run(params, opt, range(1))
-    assert opt.state[params[0]]["step"] == 257
+    held = torch.tensor(100).to(getattr(torch, dtype))
+    opt.state[params[0]]["step"] = held
+    run(params, opt, range(300))
+    assert opt.state[params[0]]["step"] == held.item() + 300
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"clipnorm": 1.0}, {"clipvalue": -1.0}, {"ema_momentum": 2.0}, {"epsilon_hat": "no"}]
+)
+def test_settings_that_cannot_be_are_not_loaded(wrong: dict[str, Any]) -> None:
+    params, opt = trained(Adam, {"global_clipnorm": 2.0})
+    before = copy.deepcopy([params, opt.state_dict()])
+    state = copy.deepcopy(opt.state_dict())
+    if "clipvalue" in wrong:
+        state["param_groups"][0]["global_clipnorm"] = None
+    state["param_groups"][0].update(wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        opt.load_state_dict(state)
+    assert_same([params, opt.state_dict()], before)
+    run(params, opt, range(2, 3))
 
 
 def test_names_of_one_kind_in_every_group() -> None:
@@ -1750,6 +1775,30 @@ def test_averages_do_not_stay_if_a_parameter_has_another_shape(inside: bool) -> 
     run(params, opt, range(3, 4))
 
 
+def test_averages_while_another_thread_makes_steps() -> None:
+    p = nn.Parameter(torch.zeros(1 << 22))  # a step of it takes milliseconds
+    p.grad = torch.ones_like(p)
+    opt = Adam([p], lr=0.1, use_ema=True, ema_momentum=0.5)
+    opt.step()
+    is_over = False
+
+    def steps() -> None:
+        while not is_over:
+            with contextlib.suppress(RuntimeError):  # the parameters hold averages
+                opt.step()
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    values = []
+    for _ in range(20):
+        with opt.averaged():
+            values.append(p.detach().aminmax())
+        time.sleep(0.002)
+    is_over = True
+    thread.join()
+    assert all(low == high for low, high in [*values, p.detach().aminmax()])
+
+
 def test_averages_of_16_bit_parameters_are_exact() -> None:
     params = weights((40,), dtype=torch.bfloat16)
     opt = Adam(params, lr=0.01, use_ema=True)
@@ -1850,6 +1899,19 @@ def test_parameters_that_share_memory(how: str, make: Any, place: str) -> None:
     with pytest.raises(ValueError, match="must not share memory"):
         opt.step()
     assert_same([whole, apart, opt.state_dict()["state"]], before)
+
+
+def test_columns_of_one_matrix(place: str) -> None:
+    whole = torch.zeros(3, 500)
+    params = [whole[:, i] for i in range(500)]
+    opt = Adam(params, lr=0.5)
+    give(params, 0)
+    opt.step()
+    other = torch.zeros(3, 500)
+    theirs = [other[:, i] for i in range(500)]
+    give(theirs, 0)
+    torch.optim.Adam(theirs, lr=0.5).step()
+    assert_near(whole, other)
 
 
 def test_state_that_shares_memory(place: str) -> None:

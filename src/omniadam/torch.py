@@ -226,7 +226,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
         # Steps follow one another, whichever threads make them. A closure runs outside of it.
-        with self.__dict__.setdefault("_turn", threading.RLock()):
+        with self._turn():
             try:
                 self._step_in_turn()
             except BaseException:
@@ -236,6 +236,10 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                     for name in ("found_inf", "grad_scale"):
                         self.__dict__.pop(name, None)
                 raise
+
+    def _turn(self) -> Any:
+        """The lock of whoever writes to the parameters."""
+        return self.__dict__.setdefault("_lock", threading.RLock())
 
     def _step_in_turn(self) -> None:
         # What a GradScaler leaves here for a step that unscales by itself.
@@ -408,29 +412,35 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             >>> round(average - after, 4), model.weight.item() == after
             (0.05, True)
         """
-        if self._own:
-            raise RuntimeError("The parameters hold their averages already.")
+        is_begun = False
         try:
-            for p, state in self.state.items():
-                if isinstance(p, Tensor) and "average" in state:
-                    self._own.append((p, p.detach().clone()))
-                    _write(p, state["average"])
+            with self._turn():  # another thread may be in the middle of a step
+                if self._own:
+                    raise RuntimeError("The parameters hold their averages already.")
+                is_begun = True
+                for p, state in self.state.items():
+                    if isinstance(p, Tensor) and "average" in state:
+                        self._own.append((p, p.detach().clone()))
+                        _write(p, state["average"])
             yield
         finally:
             try:
-                self._restore()
+                if is_begun:
+                    self._restore()
             finally:  # Ctrl-C may come there, too
-                self._restore()
+                if is_begun:
+                    self._restore()
 
     def _restore(self) -> None:
         """Give parameters their own values; what has its own again is no longer in the list."""
         failed = None
-        while self._own:
-            try:
-                _write(*self._own[-1])
-            except Exception as error:  # of one, which may have another shape by now
-                failed = error
-            self._own.pop()
+        with self._turn():
+            while self._own:
+                try:
+                    _write(*self._own[-1])
+                except Exception as error:  # of one, which may have another shape by now
+                    failed = error
+                self._own.pop()
         if failed is not None:
             raise failed
 
@@ -611,7 +621,11 @@ def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> Settings
     """
     extras = {k: v.default for k, v in _EXTRAS.items()} | _checked(group, only=group)
     rate, decay = _number("lr", group["lr"]), _number("weight_decay", group["weight_decay"])
-    beta_1, beta_2 = (_number("betas", beta) for beta in group["betas"])
+    try:
+        first, second = group["betas"]
+    except (TypeError, ValueError):
+        first = second = math.nan
+    beta_1, beta_2 = _number("betas", first), _number("betas", second)
     if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
         raise ValueError(
             f"`betas` must be two numbers with 0 <= value < 1. Received: {group['betas']!r}"
@@ -1045,6 +1059,12 @@ def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) 
                 f"Received shape {tuple(value.shape)}. Give the parameters to the optimizer in the "
                 "order of the state, or with names on both sides."
             )
+        if value.is_complex() != p.is_complex():
+            raise ValueError(
+                f"The state '{key}' of parameter '{name}' must be real or complex as it is, of "
+                f"dtype {p.dtype}. Received dtype {value.dtype}. Load the state of a parameter of "
+                "its kind."
+            )
         if isinstance(value, kind) != isinstance(p, kind):
             raise ValueError(
                 f"The state '{key}' of parameter '{name}' must be sharded as it is: the parameter "
@@ -1064,17 +1084,27 @@ def _step(value: Any, name: str, group: Mapping[str, Any]) -> Tensor:
     if value is None:
         wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
         return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-    # 16 bits do not count to a thousand.
+    # 16 bits do not count to a thousand, 8 not to 256, and a bool not to two.
     dtype = getattr(value, "dtype", torch.float32)
-    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    # On a device it would be waited for at each step.
-    step = torch.as_tensor(value, dtype=dtype).cpu()
+    dtype = dtype if dtype in _COUNTING else torch.float32
+    try:
+        if isinstance(value, Tensor) and value.is_complex():
+            raise TypeError("torch would drop the imaginary part")
+        # On a device it would be waited for at each step.
+        step = torch.as_tensor(value, dtype=dtype).cpu()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The state 'step' of parameter '{name}' must be a number >= 0. Received: {value!r}"
+        ) from error
     step = step.detach().clone() if step.requires_grad else step
     if step.numel() != 1 or not 0.0 <= _count(step) < math.inf:
         raise ValueError(
             f"The state 'step' of parameter '{name}' must be a number >= 0. Received: {value!r}"
         )
     return step
+
+
+_COUNTING = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 def _count(step: Tensor) -> float:
@@ -1107,6 +1137,7 @@ def _prepared(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | No
         {**{k: o[k] for k in kept if k in o}, **{k: v for k, v in s.items() if k not in _REFUSED}}
         for o, s in zip(own, saved, strict=True)
     ]
+    saved = [s | _checked(s, only=s) for s in saved]
     return {**state_dict, "param_groups": saved, "state": state}
 
 
@@ -1176,7 +1207,8 @@ def _order(
         if names == theirs[i]:
             found.append((i, list(range(len(names)))))
         elif len(set(names)) == len(names):
-            found.append((i, [theirs[i].index(name) for name in names]))
+            stands = {name: k for k, name in enumerate(theirs[i])}
+            found.append((i, [stands[name] for name in names]))
         else:
             return None
     return found
