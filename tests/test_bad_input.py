@@ -467,6 +467,21 @@ def test_a_variable_that_was_resized(kernel: str) -> None:
     assert w.everything(w.opt, w.params) == before
 
 
+@each("steps", [0, 1, 2])
+def test_state_that_may_not_be_written_to(steps: int, kernel: str) -> None:
+    w = World("built")
+    for _ in range(steps):
+        w.opt.apply_gradients(pairs(w.params))
+    before = w.everything(w.opt, w.params)
+    for i in (2, 5, 6):  # an average, a momentum, a velocity
+        w.opt.variables[i].flags.writeable = False
+        with pytest.raises(ValueError, match="'layer/kernel' must stay writable"):
+            w.opt.apply_gradients(pairs(w.params))
+        assert w.everything(w.opt, w.params) == before
+        w.opt.variables[i].flags.writeable = True
+    w.opt.apply_gradients(pairs(w.params))
+
+
 NO_VARIABLES: dict[str, tuple[Callable[[Arrays], Any], type[Exception], str]] = {
     "None": (lambda w: None, TypeError, "must be given as a list, or a mapping from names"),
     "number": (lambda w: 3, TypeError, "or a mapping from names. Received: 3 (int)"),
@@ -917,6 +932,23 @@ BUILT = {
     "masked": method("set_weights", at(2, np.ma.ones((3, 4))), (SLOT, "shape (3, 4)")),
     "stored count below zero": method(
         "load_own_variables", store(lambda s: s.update({"0": -2})), (COUNTED, "Received: -2")
+    ),
+    "stored and masked": method(
+        "load_own_variables",
+        store(lambda s: s.update({"2": np.ma.ones((3, 4))})),
+        (SLOT, "shape (3, 4)"),
+    ),
+    "assigned count below zero": method(
+        "assign", lambda o, w: o.variables[0], -1, ("`iteration` must be", "Received: -1")
+    ),
+    "subtracted from a count": method(
+        "assign_sub", lambda o, w: o.variables[0], 1000, ("`iteration` must be", "-998")
+    ),
+    "assigned rate": method(
+        "assign", lambda o, w: o.variables[1], NAN, ("`learning_rate` must be", "nan")
+    ),
+    "added to the rate": method(
+        "assign_add", lambda o, w: o.variables[1], -5.0, ("`learning_rate` must be", "-")
     ),
     "rate of two": method("set_weights", at(1, np.ones(2)), ("'learning_rate'", "(2,)")),
     "key missing": method(

@@ -202,3 +202,27 @@ def test_a_step_inside_of_another_optimizers(library: Library, where: str) -> No
     # A schedule is traced, and so is a step in it: it belongs to the compiled step or to none.
     assert n == 3 or (where == "schedule" and n >= 1)
     np.testing.assert_allclose(library.host(inner), [1 - 0.1 * n, 2 + 0.1 * n], rtol=1e-5)
+
+
+def test_state_that_is_read_or_set_while_another_thread_makes_steps() -> None:
+    w = np.zeros(1 << 22, np.float32)  # a step of it takes milliseconds
+    g, opt = np.ones_like(w), Adam(0.1)
+    opt.apply([g], [w])
+    state = opt.get_weights()
+    is_over = False
+
+    def steps() -> None:
+        while not is_over:
+            opt.apply([g], [w])
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    read = []
+    for i in range(20):
+        read.append([*opt.get_weights(), *opt.__getstate__()["_restored"].state.values()])
+        if i % 2:
+            opt.set_weights(state)
+    is_over = True
+    thread.join()
+    for each in chain(*read, opt.variables):
+        assert each.min() == each.max()

@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from inspect import isfunction
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -1073,7 +1073,15 @@ class Optimizer(_Base):
         Args:
             variable: of the model, or a state variable.
             value: of its shape.
+
+        Raises:
+            ValueError: if it is a count or a learning rate that there cannot be.
         """
+        if variable is self._learning_rate:
+            self.learning_rate = value
+            return
+        if variable is self._iteration and isinstance(value, (int, float, np.ndarray, np.generic)):
+            value = options.count("iteration", value)
         self._assign(variable, value)
 
     def assign_add(self, variable: Any, value: Any) -> None:
@@ -1083,7 +1091,7 @@ class Optimizer(_Base):
             variable: of the model, or a state variable.
             value: of its shape.
         """
-        self._assign(variable, self._array(variable) + value)
+        self.assign(variable, self._array(variable) + value)
 
     def assign_sub(self, variable: Any, value: Any) -> None:
         """Subtract from a variable.
@@ -1092,7 +1100,7 @@ class Optimizer(_Base):
             variable: of the model, or a state variable.
             value: of its shape.
         """
-        self._assign(variable, self._array(variable) - value)
+        self.assign(variable, self._array(variable) - value)
 
     def stateless_apply(
         self,
@@ -1253,8 +1261,10 @@ class Optimizer(_Base):
     def _saved(self) -> dict[str, Array]:
         """Copies of the state by name, and of what still waits for the variables it is for."""
         # Before there are variables, a checkpoint may have brought counters of TensorFlow's.
-        read = _copied if self._backend is None else self._backend.numpy
-        saved = {name: read(value) for name, value in self._state}
+        backend = self._backend
+        read = _copied if backend is None else backend.numpy
+        with nullcontext() if backend is None else backend.turn:  # of one step, the whole state
+            saved = {name: read(value) for name, value in self._state}
         if self._restored is not None:
             for name, value in self._restored.state.items():
                 saved.setdefault(name, np.array(value))
@@ -1303,8 +1313,9 @@ class Optimizer(_Base):
             if variable is self._learning_rate:
                 options.rate(name, value)
             arrays.append(value)
-        for (_, variable), value in zip(self._state, arrays, strict=True):
-            self._backend.assign(variable, value)
+        with self._backend.turn:
+            for (_, variable), value in zip(self._state, arrays, strict=True):
+                self._backend.assign(variable, value)
 
     def _check_whole(self, name: str, variable: Any, value: Array, dtype: np.dtype[Any]) -> None:
         """Raise ValueError if whole numbers cannot be held, or are none of what is counted."""
@@ -1344,7 +1355,7 @@ class Optimizer(_Base):
             )
         if not self.built and len(keys) > 0:
             raise ValueError("`load_own_variables` needs a built optimizer. Call build(variables).")
-        self.set_weights([np.asarray(store[key]) for key in keys])
+        self.set_weights([store[key] for key in keys])
 
     def get_config(self) -> dict[str, Any]:
         """The settings; `from_config` makes the same optimizer of them, without its state.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..kernels import layout
 from ..kernels.cpu import SparseRows
+from ..kernels.layout import Operand
 from ..kernels.ndarrays import Inspector
 from ..kernels.ndarrays import usable as can_inspect
 from ..sparse import IndexedSlices
@@ -26,6 +27,16 @@ class NumPy(HostMemory):
 
     def view(self, variable: Array) -> Array:
         return layout.stored(variable)
+
+    def operand(self, entry: Entry) -> Operand:
+        for held in (*entry.slots, entry.accumulator, entry.average):
+            if held is not None and not held.flags.writeable:
+                raise ValueError(
+                    f"The optimizer's state for variable '{entry.name}' must stay writable, as it "
+                    "was built. One of its arrays of shape "
+                    f"{held.shape} is read-only: set its flags.writeable = True."
+                )
+        return super().operand(entry)
 
     def dtype(self, variable: Array) -> str:
         return variable.dtype.name
