@@ -1733,3 +1733,60 @@ def test_this_version_of_jax_is_fast() -> None:
     assert re.match(r"\d+\.\d+", jax.__version__)
     assert backend.refs_are_open() and backend._kernels_work()
     assert backend.nothing_is_traced.__module__ == "jax._src.core"
+
+
+def test_gradients_of_types_in_turn_compile_nothing() -> None:
+    params = [jax.new_ref(jnp.ones(3))]
+    opt = Adam(0.1)
+    grads = [jnp.ones(3, dtype) for dtype in ("float32", "bfloat16", "float16")]
+
+    def one_round() -> None:
+        for g in grads:
+            opt.apply([g], params)
+
+    one_round()
+    with nothing_compiles():
+        one_round()
+
+
+def test_a_new_callable_at_each_step_compiles_nothing() -> None:
+    params = [jax.new_ref(jnp.ones(3))]
+    opt, g = Adam(0.1), [jnp.ones(3)]
+    for i in range(4):
+        opt.learning_rate = lambda i=i: 0.1 / (i + 1)
+        with nothing_compiles() if i > 1 else nullcontext():
+            opt.apply(g, params)
+    np.testing.assert_allclose(params[0][...], 1 - 0.1 * (1 + 1 / 2 + 1 / 3 + 1 / 4), rtol=1e-6)
+
+
+def test_state_of_arrays_is_not_set_in_a_compiled_function() -> None:
+    params = [jnp.ones(3)]
+    opt = Adam(0.1)
+    opt.build(params)
+
+    def set_rate(value: Any) -> None:
+        opt.learning_rate = value
+
+    with pytest.raises(ValueError, match="cannot be set inside a compiled function"):
+        jax.jit(set_rate)(0.5)
+    assert opt.learning_rate == 0.1
+
+
+def test_state_is_read_while_another_thread_makes_steps() -> None:
+    params = [jax.new_ref(jnp.ones(1000))]
+    opt = Adam(0.1, amsgrad=True)
+    opt.build(params)
+    grads = [jnp.ones(1000)]
+
+    def steps() -> None:
+        for _ in range(200):
+            opt.apply(grads, params)
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    seen = []
+    while thread.is_alive():
+        seen.append(int(opt.iterations))
+        assert len(opt.get_weights()) == 5
+    thread.join()
+    assert seen == sorted(seen) and int(opt.iterations) == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -226,3 +227,78 @@ def test_state_that_is_read_or_set_while_another_thread_makes_steps() -> None:
     thread.join()
     for each in chain(*read, opt.variables):
         assert each.min() == each.max()
+
+
+def test_settings_that_are_called_are_those_of_their_own_step(library: Library) -> None:
+    def problem_of_its_count() -> tuple[Adam, Any]:
+        def rate() -> float:
+            count = int(opt.iterations)
+            time.sleep(0.001)  # in which others make steps
+            return 0.1 * 0.9**count
+
+        opt = Adam(rate, beta_1=lambda: 0.9 - 0.01 * int(opt.iterations))
+        variable = library.variable([1.0, -2.0])
+        opt.build([variable])
+        return opt, variable
+
+    g = library.gradient([1.0, -1.0])
+    (opt, variable), (alone, other) = problem_of_its_count(), problem_of_its_count()
+    in_threads(lambda _: [opt.apply_gradients([(g, variable)]) for _ in range(5)])
+    for _ in range(THREADS * 5):
+        alone.apply_gradients([(g, other)])
+    np.testing.assert_array_equal(library.host(variable), library.host(other))
+    assert int(opt.iterations) == THREADS * 5
+
+
+def test_a_setting_that_makes_a_step_is_called_once(library: Library) -> None:
+    variable, other = library.variable([1.0, 2.0]), library.variable([1.0, 2.0])
+    g, calls = library.gradient([1.0, -1.0]), []
+
+    def rate() -> float:
+        calls.append(0)
+        if len(calls) == 1:
+            opt.apply_gradients([(g, other)])
+        return 0.1
+
+    opt = Adam(rate)
+    opt.build([variable, other])
+    opt.apply_gradients([(g, variable)])
+    assert len(calls) == 2
+    assert int(opt.iterations) == 2
+
+
+def test_nobody_waits_for_the_constraint_of_a_variable() -> None:
+    tf: Any = pytest.importorskip("tensorflow")
+    other = tf.Variable([1.0, 2.0])
+    waiting = Waiting(lambda: opt.apply_gradients([(tf.constant([1.0, 1.0]), other)]))
+
+    def constraint(value: Any) -> Any:
+        waiting()
+        return tf.clip_by_value(value, 0.95, 1.0)
+
+    variable = tf.Variable([1.0, 1.0], constraint=constraint)
+    opt = Adam(0.1)
+    opt.build([variable, other])
+    opt.apply_gradients([(tf.constant([1.0, 1.0]), variable)])
+    assert int(opt.iterations) == 2
+    np.testing.assert_allclose(variable.numpy(), 0.95)
+    np.testing.assert_allclose(other.numpy(), [0.9, 1.9], rtol=1e-6)
+
+
+def test_every_step_with_a_constraint_is_made_and_counted() -> None:
+    tf: Any = pytest.importorskip("tensorflow")
+
+    def problem_with_a_constraint() -> tuple[Adam, Any]:
+        variable = tf.Variable([1.0, 1.0], constraint=lambda x: tf.clip_by_value(x, 0.5, 1.0))
+        opt = Adam(0.01, amsgrad=True)
+        opt.build([variable])
+        return opt, variable
+
+    g = tf.constant([1.0, -1.0])
+    (opt, variable), (alone, theirs) = problem_with_a_constraint(), problem_with_a_constraint()
+    in_threads(lambda _: [opt.apply_gradients([(g, variable)]) for _ in range(STEPS)])
+    for _ in range(THREADS * STEPS):
+        alone.apply_gradients([(g, theirs)])
+    for x, y in zip(opt.get_weights(), alone.get_weights(), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(variable.numpy(), theirs.numpy())

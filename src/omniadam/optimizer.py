@@ -108,6 +108,8 @@ class Optimizer(_Base):
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_global)
     # Those of the state, once a state variable was added to it.
     _names: _Names | None = None
+    # Of the settings that are callables, which are called at each step.
+    _called: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -176,6 +178,7 @@ class Optimizer(_Base):
 
     def _settings_changed(self, name: str) -> None:
         self._passes = self._latest = None
+        self._note_called(name, self.__dict__[name])
         exclusive = self._exclusive_clips
         if name in exclusive:
             held = self.__dict__
@@ -183,6 +186,11 @@ class Optimizer(_Base):
                 rejected = {n: held.get(n) for n in exclusive}
                 held[name] = None
                 options.check_clips(rejected, exclusive)
+
+    def _note_called(self, name: str, value: Any) -> None:
+        """Note whether a setting is a callable, which is called at each step."""
+        others = self._called - {name}
+        self._called = others | {name} if callable(value) else others
 
     def _set_learning_rate(self, value: Any) -> None:
         self._version += 1
@@ -194,6 +202,7 @@ class Optimizer(_Base):
         else:
             rate = options.rate("learning_rate", value)
             self._schedule, self._learning_rate = None, self._create(np.array(rate, np.float64))
+        self._note_called("learning_rate", self._learning_rate)
         self._state = [each for each in self._state if each[0] != "learning_rate"]
         if self._schedule is None and not callable(self._learning_rate):
             self._state.insert(1, ("learning_rate", self._learning_rate))
@@ -803,13 +812,19 @@ class Optimizer(_Base):
         """Steps 2 to 9, run at once or as a compiled whole, as the library does such things."""
         backend = self._backend
         assert backend is not None
-        rate, fixed = self._rate_and_fixed()
         if not selection.entries:  # all were replaced
             self._assign(self._iteration, self._read(self._iteration) + 1)
             return None
-        calls = backend.run(self._advance, selection, gradients, rate, fixed)
+        if self._called:
+            calls = backend.by_latest(lambda: self._run(backend, selection, gradients))
+        else:
+            calls = self._run(backend, selection, gradients)
         backend.constrain(selection.entries)
         return calls
+
+    def _run(self, backend: Backend, selection: Selection, gradients: Any) -> Any:
+        rate, fixed = self._rate_and_fixed()
+        return backend.run(self._advance, selection, gradients, rate, fixed)
 
     def _rate_and_fixed(self) -> tuple[Any, Fixed]:
         """What `_advance` takes beside gradients, of the settings as they are at this step."""
@@ -830,7 +845,8 @@ class Optimizer(_Base):
         assert backend is not None
         rule = self._rule_of(hyperparameters)
         structure = (
-            self._version,
+            # What a callable returns is an argument, whichever it is.
+            self._version if "learning_rate" not in self._called else None,
             *map(id, self._passes or self._make_passes()),  # each kept for ever
             self.clipnorm is None,
             self.ema_overwrite_frequency,

@@ -10,7 +10,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -89,6 +89,15 @@ class Selection:
         self.constrained = tuple(e for e in self.entries if e.constraint is not None)
 
 
+class Overtaken(Exception):
+    """Another thread has made a step since the settings of this one were read."""
+
+
+class _Basis(threading.local):
+    # How many steps there were when the settings of a thread's step were read.
+    steps: int | None = None
+
+
 class Backend(ABC):
     """One array library."""
 
@@ -106,6 +115,34 @@ class Backend(ABC):
         # Steps follow one another, whichever threads make them: what reads state and overwrites
         # it has this.
         self.turn = threading.RLock()
+        self.steps = 0  # that were made in turn
+        self._basis = _Basis()
+
+    @contextmanager
+    def step_in_turn(self) -> Iterator[None]:
+        """Have the turn for a step; raises Overtaken if its settings were read before another."""
+        with self.turn:
+            if self.is_overtaken():
+                raise Overtaken
+            yield
+            self.steps += 1
+
+    def is_overtaken(self) -> bool:
+        """Whether there was a step since the settings of this thread's step were read."""
+        return self._basis.steps not in (None, self.steps)
+
+    def by_latest(self, step: Callable[[], Any]) -> Any:
+        """Do a step that reads its settings: anew, if another thread makes one meanwhile."""
+        basis = self._basis
+        outer = basis.steps
+        try:
+            while True:
+                basis.steps = self.steps
+                with suppress(Overtaken):
+                    return step()
+        finally:
+            # A step within a function that is read for another one comes before that.
+            basis.steps = None if outer is None else self.steps
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -240,7 +277,7 @@ class Backend(ABC):
         `gradients` and `rate` change from call to call; a compiled step serves one `fixed`. What
         is returned is the number of calls after this one, or None to have it read.
         """
-        with self.turn:
+        with self.step_in_turn():
             step(selection, gradients, rate, fixed)
 
     def untraced(self) -> AbstractContextManager[Any]:
@@ -277,7 +314,8 @@ class Backend(ABC):
         """Apply the constraints of these entries, within a step."""
         for entry in entries:
             assert entry.constraint is not None
-            value = entry.constraint(self.present(entry.variable))
+            with self.aside():
+                value = entry.constraint(self.present(entry.variable))
             check_constrained(value, entry)
             self.assign(entry.variable, value)
 

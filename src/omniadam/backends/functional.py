@@ -155,7 +155,7 @@ class Functional(Backend):
         fixed: Any,
     ) -> None:
         cells: Cells = {}
-        with self.turn:
+        with self.step_in_turn():
             stored = self.inline(
                 lambda: step(selection, gradients, rate, fixed), selection, cells, has_turn=True
             )

@@ -20,7 +20,7 @@ from ..kernels import layout
 from ..kernels.cpu import STORAGE, SparseRows, Work, threads
 from ..kernels.layout import Odd, Operand, Plan
 from ..rule import Pass, RuleKey, make_element, make_gradient
-from .base import Backend, Entry, Latest, Selection
+from .base import Backend, Entry, Latest, Overtaken, Selection
 
 Array = npt.NDArray[Any]
 
@@ -360,6 +360,8 @@ class HostMemory(Backend):
             if calls is not None:
                 super().constrain_within(selection.constrained)
                 return calls
+            if self.is_overtaken():
+                raise Overtaken
 
     def constrain_within(self, entries: Sequence[Entry]) -> None:
         """Nothing while a step is prepared: it is of the new values, after it was done."""
@@ -368,11 +370,14 @@ class HostMemory(Backend):
         """Do a step and return its number; None if it was prepared to follow another step."""
         with self.turn:
             calls: int = self.value(work.counter)
+            if self.is_overtaken() and not work.is_begun:
+                return None
             if calls != work.steps:
                 if not work.is_begun:
                     return None
                 work.calls.append(self.writing(work.counter, calls + 1))
             work.do()
+            self.steps += 1
             return calls + 1
 
     @contextmanager

@@ -303,6 +303,11 @@ class JAX(Functional):
 
     def store(self, variable: Any, value: Any) -> None:
         if isinstance(variable, Held):
+            if type(variable) is Held and isinstance(value, Tracer):
+                raise ValueError(
+                    "State of arrays cannot be set inside a compiled function, which it would "
+                    "outlive. Set it outside, or in the list that stateless_apply takes."
+                )
             variable.array = value
         elif not isinstance(variable, jax.Ref):
             raise TypeError(
@@ -337,11 +342,12 @@ class JAX(Functional):
     def value(self, variable: Any) -> Any:
         if self._here.call is not None:
             return self.read(variable)
-        held = self._at_hand(variable)
-        if isinstance(held, Tracer):
-            return held
+        with self.turn:  # the next step overwrites what is read
+            held = self._at_hand(variable)
+            if isinstance(held, Tracer):
+                return held
+            number = np.asarray(held)[()]
         # The shortest decimal that stands for a float32 is what the user wrote.
-        number = np.asarray(held)[()]
         return float(str(number)) if number.dtype == np.float32 else number.item()
 
     def _at_hand(self, variable: Any) -> Any:
@@ -365,18 +371,19 @@ class JAX(Functional):
         return tuple(variable.shape), np.dtype(variable.dtype)
 
     def numpy(self, variable: Any) -> npt.NDArray[Any]:
-        value = self._at_hand(variable)
-        if isinstance(value, Tracer):
-            raise ValueError(
-                "State cannot be read inside a compiled function, where it has no values yet. Read "
-                "it outside."
-            )
-        if value.is_deleted():
-            raise ValueError(
-                "This state was donated to a compiled function, so that its values are gone. Put "
-                "in what the function returned, with set_weights(state)."
-            )
-        return np.array(value, np.float32 if value.dtype == jnp.bfloat16 else None)
+        with self.turn:  # the next step overwrites what is read
+            value = self._at_hand(variable)
+            if isinstance(value, Tracer):
+                raise ValueError(
+                    "State cannot be read inside a compiled function, where it has no values yet. "
+                    "Read it outside."
+                )
+            if value.is_deleted():
+                raise ValueError(
+                    "This state was donated to a compiled function, so that its values are gone. "
+                    "Put in what the function returned, with set_weights(state)."
+                )
+            return np.array(value, np.float32 if value.dtype == jnp.bfloat16 else None)
 
     def rate(self, value: Any) -> Any:
         if not isinstance(value, jax.Array):
@@ -530,7 +537,7 @@ class JAX(Functional):
         except _NotOurs:
 
             def in_turn(gradients: Any, rate: Any) -> None:
-                with self.turn:
+                with self.step_in_turn():
                     self.run_here(advance, selection, gradients, rate, has_turn=True)
 
             return in_turn
@@ -544,7 +551,7 @@ class JAX(Functional):
             self.run_here(advance, selection, gradients, rate)
 
         # Which closes over the Refs, as JAX documents it.
-        compiled = InTurn(self.turn, here)
+        compiled = InTurn(self, here)
         return lambda gradients, given: compiled.call(
             gradients, (given[0], self._argument(given[1]))
         )
@@ -921,9 +928,8 @@ class Program:
         places = None
         if any(len(v.sharding.device_set) > 1 for v in changed):
             places = [v.sharding for v in (*changed, *counters)]
-        turn = backend.turn
-        self._compiled = InTurn(turn, omniadam_step, donate_argnums=0, out_shardings=places)
-        self._keeping = InTurn(turn, partial(step, ""), out_shardings=places)
+        self._compiled = InTurn(backend, omniadam_step, donate_argnums=0, out_shardings=places)
+        self._keeping = InTurn(backend, partial(step, ""), out_shardings=places)
 
     def __call__(self, gradients: Any, rate: Any) -> None:
         # Where NaN raises an error, the old values are still needed then.
@@ -954,16 +960,29 @@ class _Untraced(Exception):
 class InTurn:
     """A compiled function that is run in turn, but traced before: it may call users' functions."""
 
-    def __init__(self, turn: Any, function: Callable[..., Any], **settings: Any) -> None:
-        self._turn, self._thread = turn, threading.local()
+    def __init__(self, backend: JAX, function: Callable[..., Any], **settings: Any) -> None:
+        self._backend, self._thread = backend, threading.local()
+        self._function, self._settings = function, settings
+        # By the forms of arguments. One for all would have to forget what it compiled for others:
+        # calls of a function whose tracing failed once are slow from then on.
+        self._of_forms = Latest(_KEPT)
+        self.jitted = self._made()
+
+    def _made(self) -> Any:
+        function, thread = self._function, self._thread
 
         @wraps(function)
         def traced(*arguments: Any) -> Any:
-            if getattr(self._thread, "has_turn", False):
+            if getattr(thread, "has_turn", False):
                 raise _Untraced
             return function(*arguments)
 
-        self.jitted = jax.jit(traced, **settings)
+        return jax.jit(traced, **self._settings)
+
+    def _traced(self, arguments: tuple[Any, ...]) -> Any:
+        jitted = self._made()
+        jitted.trace(*arguments)
+        return jitted
 
     def call(self, *arguments: Any) -> None:
         self.by(lambda compiled: compiled(*arguments), lambda: arguments)
@@ -973,20 +992,30 @@ class InTurn:
         if jax.config.jax_disable_jit:  # it is run as Python, and all that it calls
             use(self.jitted)
             return
-        thread = self._thread
+        thread, latest = self._thread, self.jitted
+        if len(self._of_forms) > 1:  # in turn, perhaps, and a call in vain takes long
+            latest = self._of_forms.get(_form(arguments()), latest)
         try:
-            with self._turn:
+            with self._backend.step_in_turn():
                 thread.has_turn = True
-                use(self.jitted)
+                use(latest)
                 return
         except _Untraced:
             pass
         finally:
             thread.has_turn = False
-        self.jitted.clear_cache()  # calls that failed once are slow from then on
-        self.jitted.trace(*arguments())
-        with self._turn:
-            use(self.jitted)
+        given = arguments()
+        latest = self._of_forms.found(_form(given), lambda: self._traced(given))
+        self.jitted = latest
+        with self._backend.step_in_turn():
+            use(latest)
+
+
+def _form(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a function of these arguments is traced for."""
+    leaves, tree = jax.tree.flatten(arguments)
+    types = [(getattr(x, "dtype", type(x)), getattr(x, "weak_type", None)) for x in leaves]
+    return tree, tuple(types), tuple(map(np.shape, leaves)), bool(jax.config.jax_enable_x64)
 
 
 class _Place:

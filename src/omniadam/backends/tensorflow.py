@@ -43,8 +43,9 @@ Step = Callable[[Selection, Any, Any, Any], None]
 # How many steps a selection keeps compiled, by what the settings make of a step.
 _KEPT = 16
 _made = count()
-# How a step is traced as a program: in one part, or in parts that XLA compiles one by one.
-_WHOLE, _IN_PARTS = "whole", "in parts"
+# How a step is traced as a program: in one part, or in parts that XLA compiles one by one. Or it is
+# computed at once, and stored later.
+_WHOLE, _IN_PARTS, _APART = "whole", "in parts", "apart"
 # Whether what is traced now is compiled by XLA as part of an eager step.
 _by_xla: ContextVar[bool] = ContextVar("omniadam_by_xla", default=False)
 # Whether the order of reads and writes is what the step says of it, and nothing else.
@@ -453,9 +454,7 @@ class TensorFlow(Functional):
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
     ) -> dict[int, Any]:
         if selection.constrained:
-            # Functions of the user's, which are called at each step and see what is then so.
-            with self.turn:
-                return self._run_here(step, selection, gradients, rate, fixed, has_turn=True)
+            return self._run_constrained(step, selection, gradients, rate, fixed)
         version, rule, numbers = fixed
         programs = selection.prepared.setdefault("programs", Latest(_KEPT))
         program = programs.found(
@@ -464,6 +463,33 @@ class TensorFlow(Functional):
         )
         new: dict[int, Any] = program(gradients, rate, numbers)
         return new
+
+    def _run_constrained(self, *arguments: Any) -> dict[int, Any]:
+        """A step with functions of the user's, which are called anew and see what is then so."""
+        try:
+            counts = None
+            while counts is None:  # as long as other threads make steps meanwhile
+                counts = self._run_apart(*arguments)
+            return counts
+        except NotOurs:
+            with self.step_in_turn():
+                return self._run_here(*arguments, has_turn=True)
+
+    def _run_apart(
+        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+    ) -> dict[int, Any] | None:
+        """A step that has the turn only to store what was computed; None if it is of no use now."""
+        cells: Cells = {}
+        stored = self.inline(
+            lambda: step(selection, gradients, rate, fixed), selection, cells, _APART
+        )
+        changed = [cell for key, cell in cells.items() if key in stored]
+        counts = [(variable, value) for variable, value in changed if value.dtype.is_integer]
+        with self.step_in_turn():
+            if any(self.load(variable) + 1 != value for variable, value in counts):
+                return None
+            self._store_all(changed)
+        return {id(variable): value for variable, value in counts}
 
     def _run_on_replicas(
         self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
@@ -774,7 +800,7 @@ class Program:
             compiled = self._compiled = self._compile(numbers_are_given=True)
         if compiled is None:
             fixed = self._fixed._replace(numbers=numbers)
-            with self._backend.turn:
+            with self._backend.step_in_turn():
                 return self._backend._run_here(
                     self._step, self._selection, gradients, rate, fixed, has_turn=True
                 )
@@ -796,7 +822,7 @@ class Program:
         return counts
 
     def _run(self, compiled: _Compiled, tensors: list[Any]) -> dict[int, Any]:
-        with self._backend.turn:
+        with self._backend.step_in_turn():
             return dict(zip(compiled.keys, compiled.call(tensors), strict=True))
 
 
