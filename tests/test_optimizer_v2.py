@@ -1479,6 +1479,55 @@ def test_before_a_variable_is_seen_they_are_tensorflows(tf: Any) -> None:
     assert type(opt.iterations) is np.ndarray and opt.iterations == 4
 
 
+def test_a_hyperparameter_is_set_in_a_function(tf: Any) -> None:
+    w = tf.Variable([1.0, 1.0])
+    opt = Adam(0.1, epsilon=1e-7)
+    opt.apply_gradients([(tf.ones(2), w)])
+
+    @tf.function
+    def step(rate: Any) -> None:
+        opt.learning_rate = rate
+        opt.apply_gradients([(tf.ones(2), w)])
+
+    step(tf.constant(0.2))
+    step(tf.constant(0.3))
+    assert opt.get_config()["learning_rate"] == pytest.approx(0.3)
+    opt.apply_gradients([(tf.ones(2), w)])
+    np.testing.assert_allclose(w.numpy(), 1.0 - 0.1 - 0.2 - 0.3 - 0.3, atol=1e-5)
+    opt.learning_rate = 0.1
+    opt.apply_gradients([(tf.ones(2), w)])
+    np.testing.assert_allclose(w.numpy(), 0.0, atol=1e-5)
+
+
+def test_a_hyperparameter_that_would_outlive_its_function(tf: Any) -> None:
+    w = tf.Variable([1.0, 1.0])
+    opt = Adam(lambda: 0.1)
+    opt.apply_gradients([(tf.ones(2), w)])
+
+    @tf.function
+    def step(rate: Any) -> None:
+        opt.learning_rate = rate
+
+    with pytest.raises(ValueError, match="cannot be set to"):
+        step(tf.constant(0.2))
+    opt.apply_gradients([(tf.ones(2), w)])
+    np.testing.assert_allclose(w.numpy(), 0.8, rtol=1e-5)
+
+
+def test_a_hyperparameter_that_would_outlive_its_function_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    w = jax.new_ref(jax.numpy.ones(2))
+    opt = Adam(0.1)
+    opt.apply_gradients([(jax.numpy.ones(2), w)])
+
+    def set_rate(rate: Any) -> None:
+        opt.learning_rate = rate
+
+    with pytest.raises(ValueError, match="cannot be set to"):
+        jax.jit(set_rate)(0.2)
+    assert opt.learning_rate == 0.1
+
+
 def in_a_process(code: str) -> str:
     here = Path(__file__).parent
     found = os.pathsep.join([str(here.parent / "src"), str(here)])

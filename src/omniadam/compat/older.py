@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .. import options
 from ..backends import backend_of, of_tensorflow
-from ..backends.base import received
+from ..backends.base import Backend, received
 from ..optimizer import _host, _initial, _is_schedule
 from .engine import CHECKS, Engine
 
@@ -115,6 +115,9 @@ class Older:
         return self._scalars.number(name)
 
     def _set_hyper(self, name: str, value: Any) -> None:
+        if name in self._hyper and _is_traced(value):
+            self._set_hyper_in_function(name, value)
+            return
         if callable(value) or _is_tensor(value):
             self._hyper[name] = value
             self._feed_engine(name)
@@ -128,6 +131,15 @@ class Older:
         self._hyper[name] = number
         if not (has_variable and was_number):
             self._feed_engine(name)
+
+    def _set_hyper_in_function(self, name: str, value: Any) -> None:
+        if not self._is_variable(name) or not isinstance(self._hyper[name], float):
+            raise ValueError(
+                f"`{name}` cannot be set to {received(value)} of a function that is traced, which "
+                "the optimizer would outlive. Give it a callable, or a variable, and assign to "
+                "that."
+            )
+        self._scalars.set(name, value)
 
     def _feed(self, name: str) -> Any:
         """A hyperparameter as the engine takes it."""
@@ -458,6 +470,17 @@ def _is_tensor(value: Any) -> bool:
     if callable(value) or isinstance(value, np.generic):
         return False
     return backend_of(value) is not None
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether it is a tensor without a value yet, of a function that is traced now."""
+    return _is_tensor(value) and _backend_over(value).is_traced(value)
+
+
+def _backend_over(value: Any) -> Backend:
+    kind = backend_of(value)
+    assert kind is not None
+    return kind.over([value])
 
 
 def _name_of(variable: Any) -> str:
