@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -587,6 +588,48 @@ def test_kernels_in_compiled_functions() -> None:
             same([shard.data], expected[1][:1], rtol=1e-6)
         for shard in large.addressable_shards:
             same([shard.data], [expected[1][1][shard.index]], rtol=1e-6)
+
+
+@on("numpy", "torch", "jax")
+def test_steps_of_threads() -> None:
+    """Stateless ones do not meet; others follow one another, and each has the rate of its count."""
+    size, start = 20_000, keras.Variable(np.ones(20_000, np.float32))
+    pure = Adam(0.1, amsgrad=True)
+    pure.build([start])
+    begin = [ops.copy(v.value) for v in pure.variables]
+
+    def stateless(k: int) -> list[Any]:
+        values, state = [ops.full((size,), float(k), "float32")], begin
+        for i in range(10):
+            grads = [ops.full((size,), k * (-1.0) ** i, "float32")]
+            values, state = pure.stateless_apply(state, grads, values)
+        return [*values, *state]
+
+    expected = [stateless(k) for k in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(stateless, range(1, 5)), expected, strict=True):
+            same(found, alone, rtol=0, atol=0)
+    same([start], [np.ones(size)])
+
+    class Waiting(keras.optimizers.schedules.ExponentialDecay):  # type: ignore[misc]
+        def __call__(self, step: Any) -> Any:
+            time.sleep(0.001)  # in which others make steps
+            return super().__call__(step)
+
+    g, results = ops.ones(2), []
+    for threads in (4, 1):
+        w, opt = keras.Variable(np.ones(2, np.float32)), Adam(Waiting(0.1, 1, 0.9))
+        opt.build([w])
+
+        def steps(count: int, w: Any = w, opt: Any = opt) -> None:
+            for _ in range(count):
+                opt.apply([g], [w])
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(steps, [20 // threads] * threads))
+        assert int(opt.iterations) == 20
+        results.append([w, *opt.variables])
+    same(*results, rtol=0, atol=0)
 
 
 @on()

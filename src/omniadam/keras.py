@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import repeat
 from operator import is_
 from typing import Any, Self
@@ -20,6 +22,7 @@ import keras
 from . import adam, options, schedules
 from .backends.base import Entry, Selection
 from .backends.keras import KerasVariables, native
+from .optimizer import _selected
 
 # Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
 _IN_PLACE = keras.backend.backend() in ("numpy", "torch")
@@ -262,7 +265,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             optimizer_variables = list(map(_copied, optimizer_variables))
             trainable_variables = list(map(_copied, trainable_variables))
         new: tuple[list[Any], list[Any]]
-        new = super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        with self._engine.stateless():
+            new = super().stateless_apply(optimizer_variables, grads, trainable_variables)
         return new
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
@@ -368,6 +372,11 @@ for _ours, _theirs in ((Adam, keras.optimizers.Adam), (AdamW, keras.optimizers.A
     vars(_ours.__init__)["__signature__"] = inspect.signature(_theirs.__init__)
 
 
+class _OfThread(threading.local):
+    # Whether it makes a step on values that are others than the variables'.
+    is_stateless = False
+
+
 class _Engine(adam.Adam):
     """`omniadam.Adam` with the settings and on the state of a Keras optimizer."""
 
@@ -376,6 +385,7 @@ class _Engine(adam.Adam):
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
+        self._here = _OfThread()
         self._seen: list[Any] = [getattr(owner, name) for name in self._read_names]
         super().__init__(
             lambda: native(owner.learning_rate),
@@ -416,19 +426,19 @@ class _Engine(adam.Adam):
         self._backend, self._entries = backend, tuple(entries)
         count = self._owner._iterations
         self._iteration = count if backend.holder is None else backend.holder(count)
-        self._locate()
+        self._locate(self._entries)
         if backend.holder is not None:
             backend.prefer_kernels([entry.variable for entry in entries])
         self.built = True
 
-    def _locate(self) -> None:
+    def _locate(self, entries: Sequence[Entry]) -> None:
         """Note where the values of variables and slots are."""
         owner, backend = self._owner, self._backend
         assert isinstance(backend, KerasVariables)
         slots = [owner._momentums, owner._velocities]
         if owner.amsgrad:
             slots.append(owner._velocity_hats)
-        for i, entry in enumerate(self._entries):
+        for i, entry in enumerate(entries):
             entry.variable = backend._taken(entry.key)
             if not entry.replaced:
                 entry.slots = tuple(backend._taken(each[i]) for each in slots)
@@ -462,29 +472,54 @@ class _Engine(adam.Adam):
         entries = [self._entry(variable) for variable in variables]
         if len(set(map(id, entries))) != len(entries):
             raise ValueError("A variable is given twice in one step.")
+        if _IN_PLACE and self._here.is_stateless:
+            return self._examined_by_itself(grads, variables)
         if _IN_PLACE:
-            self._relocate()
+            self._relocate(self._entries)
         present, gradients = self._present(backend, entries, grads, depth=6)
         selection = self._selection(present)
         is_replaced = any(entry.replaced for entry in present)
         # On NumPy assigning to a Keras variable gives it another array, and to a slot as well.
         self._recent = None if is_replaced or keras.backend.backend() == "numpy" else selection
         if is_replaced:
-            selection, gradients = self._replace(present, gradients)
+            others, gradients = self._replace(present, gradients)
+            selection = self._selection(others)
         return selection, backend.gather(selection, gradients)
 
-    def _relocate(self) -> None:
+    def _examined_by_itself(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
+        """The same with entries of this call's own: those of others are elsewhere meanwhile."""
+        backend = self._backend
+        assert backend is not None
+        own = [replace(entry) for entry in self._entries]
+        self._relocate(own)
+        entries = [own[self._get_variable_index(variable)] for variable in variables]
+        present, gradients = self._present(backend, entries, grads, depth=7)
+        others, gradients = self._replace(present, gradients)
+        selection = _selected(others, own)
+        return selection, backend.gather(selection, gradients)
+
+    @contextmanager
+    def stateless(self) -> Iterator[None]:
+        """Around a step of this thread on values that a StatelessScope gives."""
+        here = self._here
+        outer, here.is_stateless = here.is_stateless, True
+        try:
+            yield
+        finally:
+            here.is_stateless = outer
+
+    def _relocate(self, entries: Sequence[Entry]) -> None:
         """Find values where they are now: assigned anew on NumPy, or given by a StatelessScope."""
         assert self._backend is not None
-        self._locate()
-        self._backend.check_built(self._entries)
+        self._locate(entries)
+        self._backend.check_built(entries)
 
     def update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Keras's `update_step`."""
         self._entry(variable)
         self._reread()
         if _IN_PLACE:
-            self._relocate()
+            self._relocate(self._entries)
         self._update_one(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
@@ -492,7 +527,7 @@ class _Engine(adam.Adam):
         if not var_list:
             return
         if _IN_PLACE and self.built:
-            self._relocate()
+            self._relocate(self._entries)
         super().finalize_variable_values(var_list)
         if getattr(self._backend, "holder", None) is not None:
             # An array that were a variable's and its average's could not be donated for both.

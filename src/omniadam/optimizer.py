@@ -757,7 +757,8 @@ class Optimizer(_Base):
             selection = _selected(present, stand_ins)
         if any(entry.replaced for entry in present):
             self._recent = None
-            selection, checked = self._replace(present, checked)
+            others, checked = self._replace(present, checked)
+            selection = self._selection(others)
         return selection, backend.gather(selection, checked)
 
     def _present(
@@ -780,7 +781,7 @@ class Optimizer(_Base):
 
     def _replace(
         self, present: Sequence[Entry], gradients: Sequence[Any]
-    ) -> tuple[Selection, list[Any]]:
+    ) -> tuple[list[Entry], list[Any]]:
         """Serve the variables whose gradient is their new value; the others are left for a step."""
         backend, others, left = self._backend, [], []
         assert backend is not None
@@ -790,7 +791,7 @@ class Optimizer(_Base):
             else:
                 others.append(entry)
                 left.append(gradient)
-        return self._selection(others), left
+        return others, left
 
     def _selection(self, present: Sequence[Entry]) -> Selection:
         key = tuple(map(id, present))
