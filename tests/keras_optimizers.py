@@ -151,6 +151,24 @@ def test_half_precision_against_the_oracle() -> None:
     assert {v.dtype for v in opt._momentums} == {"float32"}
 
 
+@on("numpy", "torch", "tensorflow")
+def test_double_precision_as_keras_does() -> None:
+    for settings in ({}, {"use_ema": True, "gradient_accumulation_steps": 2, "amsgrad": True}):
+        ends = []
+        for kind in (Adam, Theirs):
+            begin()
+            # Their first values come from initializers, as those of the state do.
+            layer = keras.layers.Dense(3, dtype="float64")
+            layer.build((None, 5))
+            opt = kind(0.125, epsilon=0.25, **settings)
+            for step in range(1, 5):
+                g = [np.full(v.shape, step / 3) for v in layer.variables]
+                opt.apply([ops.convert_to_tensor(each, "float64") for each in g], layer.variables)
+            ends.append([*layer.variables, *opt.variables])
+        assert all(ops.dtype(v.value) == v.dtype for v in ends[0])
+        same(ends[0], ends[1])
+
+
 @on(*TRAINING)
 def test_fit_as_keras_does() -> None:
     decay = keras.optimizers.schedules.ExponentialDecay(0.02, 2, 0.5)

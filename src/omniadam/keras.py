@@ -21,7 +21,7 @@ import keras
 
 from . import adam, options, schedules
 from .backends.base import Entry, Selection
-from .backends.keras import KerasVariables, native
+from .backends.keras import KerasVariables, native, settle
 from .optimizer import _selected
 
 # Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
@@ -424,6 +424,8 @@ class _Engine(adam.Adam):
     def adopt(self, backend: Any, entries: list[Entry]) -> None:
         """Take over the state that Keras has created for these variables."""
         self._backend, self._entries = backend, tuple(entries)
+        for variable in self._owner._variables:
+            settle(variable)
         count = self._owner._iterations
         self._iteration = count if backend.holder is None else backend.holder(count)
         self._locate(self._entries)

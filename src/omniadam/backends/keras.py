@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 
 from .. import versions
 from . import backend_of
@@ -22,6 +23,17 @@ versions.check("keras", keras.__version__)
 def native(variable: Any) -> Any:
     """What a Keras variable holds: a tensor, a tf.Variable or an array. Others are left alone."""
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def settle(variable: keras.Variable) -> None:
+    """Give a value the type that its variable states.
+
+    Keras on NumPy makes float32 of what an initializer returns in float64, up to the first
+    assignment.
+    """
+    value = variable.value
+    if isinstance(value, np.ndarray) and value.dtype.name != variable.dtype:
+        variable.assign(value)
 
 
 class KerasVariables(Backend):
@@ -48,6 +60,7 @@ class KerasVariables(Backend):
     def describe(self, variable: Any, name: str) -> Entry:
         if not isinstance(variable, keras.Variable):  # one of an entry that is looked at again
             return super().describe(native(variable), name)  # type: ignore[safe-super]
+        settle(variable)
         entry = super().describe(native(variable), name)  # type: ignore[safe-super]
         entry.key = variable
         entry.variable = self._taken(variable)
