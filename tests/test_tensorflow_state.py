@@ -538,3 +538,18 @@ def test_many_sets_of_variables_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
         for w in ws:
             opt.apply([tf.ones(1)], [w])
     assert len(compiled) == len(ws)
+
+
+@pytest.mark.parametrize("kind", [Adam, optimizer_v2.Adam])
+def test_state_is_not_read_in_a_function(kind: Any) -> None:
+    w = tf.Variable([1.0, 2.0])
+    opt = kind(0.1)
+    opt.apply_gradients([(tf.ones(2), w)])
+
+    @tf.function
+    def step() -> None:
+        opt.get_weights()
+
+    with pytest.raises(ValueError, match=r"cannot be read inside a tf\.function"):
+        step()
+    assert opt.get_weights()[0] == 1

@@ -1272,7 +1272,12 @@ class Optimizer(_Base):
 
         Returns:
             A list with a NumPy array, a copy, for each of `variables`.
+
+        Raises:
+            ValueError: in a function that is traced, where the state has no values yet.
         """
+        if self._backend is not None:
+            self._backend.check_readable()
         return list(self._saved().values())
 
     def _saved(self) -> dict[str, Array]:

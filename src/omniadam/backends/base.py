@@ -284,6 +284,9 @@ class Backend(ABC):
         """In which what is assigned is no part of a function that is traced now."""
         return nullcontext()
 
+    def check_readable(self) -> None:
+        """Raise an error where state has no values yet, or others when what is traced is run."""
+
     def check_run(self) -> None:
         """Raise an error where what was done comes to nothing unless its result is asked for."""
 

@@ -306,6 +306,13 @@ class TensorFlow(Functional):
             value = variable.numpy() if tf.executing_eagerly() else _session(variable).run(variable)
         return np.array(value, np.float32 if value.dtype == tf.bfloat16.as_numpy_dtype else None)
 
+    def check_readable(self) -> None:
+        if tf.inside_function():
+            raise ValueError(
+                "State cannot be read inside a tf.function, where it has no values yet. Read it "
+                "outside, or use `variables`, which are read when the function is run."
+            )
+
     def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
         dtype = variable.dtype.base_dtype
         return tuple(variable.shape), np.dtype(

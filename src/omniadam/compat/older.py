@@ -257,6 +257,8 @@ class Older:
         """
         self._check_order()
         backend = self._engine._backend
+        if backend is not None:
+            backend.check_readable()
         read = _host if backend is None else backend.numpy
         return [np.array(read(variable)) for variable in self._held()]
 
