@@ -931,9 +931,10 @@ class _Bucket:
         t = self._t + 1.0
         for count in () if is_on_host else self._counts:
             count[()] = t
-        with torch.no_grad():
-            for step in self._unreachable:
-                step.fill_(t)
+        if self._unreachable:
+            with torch.no_grad():
+                for step in self._unreachable:
+                    step.fill_(t)
         self._t = self._counts[0].item() if self._counts else t  # float32 counts to 2**24
         self._ts = [self._t] * len(self._counts)
 

@@ -8,7 +8,6 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from operator import setitem
 from typing import Any, ClassVar
 
@@ -356,9 +355,10 @@ class HostMemory(Backend):
         while True:
             gradients.work = work = StepWork()
             step(selection, gradients, rate, fixed)
-            calls: int | None = work.whole(partial(self._made, work))
+            calls: int | None = work.whole(self._made, work)
             if calls is not None:
-                super().constrain_within(selection.constrained)
+                if selection.constrained:
+                    super().constrain_within(selection.constrained)
                 return calls
             if self.is_overtaken():
                 raise Overtaken

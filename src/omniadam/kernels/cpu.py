@@ -17,7 +17,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from itertools import pairwise, starmap
 from operator import call
@@ -515,14 +515,14 @@ class Work:
         self.calls.append((kernel, address + 8 * _RESULT, 0, address))
         self._held.append((job, held))
 
-    def whole(self, action: Callable[[], Any]) -> Any:
+    def whole(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """What an action returns that ends in `do`; it is not interrupted once it has begun that.
 
         Signals are handled in the main thread, between any two steps of a function in Python.
         """
         if self._is_native or threading.current_thread() is not threading.main_thread():
-            return action()
-        return _helpers.result(action)
+            return action(*arguments)
+        return _helpers.result(partial(action, *arguments))
 
     def do(self) -> None:
         """Do all of it, and return when all is done."""
@@ -530,8 +530,9 @@ class Work:
         try:
             list(calls)  # one call of C, of nothing but C
         finally:  # helpers must not outlive the memory that they work on
-            for kernel, job in self._jobs:
-                _finish(kernel, job)
+            if self._jobs:
+                for kernel, job in self._jobs:
+                    _finish(kernel, job)
 
 
 def _finish(kernel: jit.Kernel, job: array[int]) -> None:
