@@ -884,7 +884,7 @@ class Optimizer(_Base):
         if self._schedule is not None:
             calls, learning_rate = self._count_and_rate(backend)
         else:
-            calls = backend.value(self._iteration)
+            calls = backend.calls(self._iteration)
             learning_rate = backend.value(self._learning_rate) if rate is None else rate
         n = self.gradient_accumulation_steps
         updates = calls // n if n else calls
@@ -928,11 +928,11 @@ class Optimizer(_Base):
 
     def _count_and_rate(self, backend: Backend) -> tuple[Any, Any]:
         """The number of calls so far, and the rate that the schedule has for it."""
-        calls = backend.value(self._iteration)
+        calls = backend.calls(self._iteration)
         while True:
             with backend.aside():
                 rate = backend.rate(self._scheduled(calls))
-            now = backend.value(self._iteration)
+            now = backend.calls(self._iteration)
             if now is calls or now == calls:
                 return calls, rate
             calls = now  # others made steps while the schedule ran

@@ -299,6 +299,10 @@ class Backend(ABC):
         """Count a step after `calls` others, the last thing that it does."""
         self.assign(variable, calls + 1)
 
+    def calls(self, variable: Any) -> Any:
+        """The count of steps as a step that is to follow them begins."""
+        return self.value(variable)
+
     def counted(self, variable: Any) -> int | None:
         """How many steps were counted so far, if that can be known at this moment."""
         return None
