@@ -88,6 +88,11 @@ def clip_by_value(limit: float) -> Clip:
     }
 
 
+def mixed(old: Array, new: Array, beta: float) -> Array:
+    """An average with a new value: a small beta leaves none of the old one's rounding."""
+    return new + (old - new) * beta if beta < 0.5 else old + (new - old) * (1 - beta)
+
+
 def one_minus_power(beta: float, t: int) -> float:
     """1 - beta**t. With beta = 0.999 the plain difference would lose three digits at t = 1."""
     return 1.0 if beta == 0 else -math.expm1(t * math.log(beta))
@@ -269,9 +274,8 @@ class Reference:
 
         w, m, v = (self.state[name][i] for name in ("variable", "momentum", "velocity"))
         m_size, v_size = self.sizes["momentum"][i], self.sizes["velocity"][i]
-        # As in the paper's Algorithm 1: of a small beta nothing of a larger old value is left.
-        m[...] = beta_1 * m + (1 - beta_1) * g.value
-        v[...] = beta_2 * v + (1 - beta_2) * np.square(g.value)
+        m[...] = mixed(m, g.value, beta_1)
+        v[...] = mixed(v, np.square(g.value), beta_2)
         m_size[...] = beta_1 * m_size + (1 - beta_1) * g.size
         v_size[...] = beta_2 * v_size + (1 - beta_2) * np.square(g.size)
         if self.amsgrad:

@@ -891,7 +891,7 @@ def inspected() -> tuple[Inspector, list[Array], list[Array]]:
     ]
     assert all(map(Inspector.takes, own))
     memory = [(w.ctypes.data, w.ctypes.data + w.nbytes) for w in own]
-    return Inspector(own, memory), [np.copy(w, order="K") for w in own], own
+    return Inspector(own, [], memory), [np.copy(w, order="K") for w in own], own
 
 
 class Subclass(np.ndarray):
@@ -925,6 +925,18 @@ def test_inspector_recognises_what_is_as_it_was() -> None:
         assert found is not None and found.tolist() == [g.ctypes.data for g in grads]
     grads[0].flags.writeable = False
     assert inspector.addresses(grads, own) is not None
+
+
+def test_inspector_looks_at_what_is_no_variable_too() -> None:
+    (w, g), state = np.ones((2, 3)), np.ones(3)
+    inspector = Inspector([w], [state], [(w.ctypes.data, w.ctypes.data + w.nbytes)])
+    assert inspector.addresses([g], [w]) is not None
+    state.flags.writeable = False
+    assert inspector.addresses([g], [w]) is None
+    state.flags.writeable = True
+    assert inspector.addresses([g], [w]) is not None
+    moved(state)
+    assert inspector.addresses([g], [w]) is None
 
 
 GRADIENT_0: dict[str, Callable[[Array, Array], Any]] = {
