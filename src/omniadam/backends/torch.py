@@ -90,6 +90,10 @@ class Torch(Backend):
     def name_of(self, variable: Tensor) -> None:
         return None
 
+    def stand_ins(self, entries: Sequence[Entry], variables: list[Any]) -> None:
+        if "torch._dynamo" in sys.modules:  # since it was built, perhaps
+            _hide_from_compiler()
+
     def describe(self, variable: Any, name: str) -> Entry:
         if not isinstance(variable, Tensor):
             raise TypeError(
@@ -147,7 +151,7 @@ class Torch(Backend):
             tensor = torch.from_numpy(held)
             if held.ndim:
                 return tensor.to(self._device)
-        self._counters[id(tensor)] = tensor, held, tensor.data_ptr()
+        self._counters[id(tensor)] = tensor, held, _place_of(tensor)
         return tensor
 
     def _counter(self, variable: Tensor) -> Array | None:
@@ -156,12 +160,12 @@ class Torch(Backend):
         if found is None:
             return None
         tensor, held, address = found
-        if tensor.data_ptr() == address:
+        if _place_of(tensor) == address:
             return held
         # Its `data` was replaced.
         held = np.asarray(tensor.detach().cpu().numpy())
         tensor.data = torch.from_numpy(held)
-        self._counters[id(tensor)] = tensor, held, tensor.data_ptr()
+        self._counters[id(tensor)] = tensor, held, _place_of(tensor)
         return held
 
     def value(self, variable: Tensor) -> Any:
@@ -326,6 +330,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
+def _place_of(tensor: Tensor) -> int:
+    """Where a plain tensor lies; others would not be asked without a warning."""
+    return tensor.data_ptr() if _is_plain(tensor) else 0
+
+
 def _is_on_host(variable: Any) -> bool:
     is_tensor = isinstance(variable, Tensor)
     return not is_tensor or (variable.device.type == "cpu" and _is_plain(variable))
@@ -463,6 +472,8 @@ class TorchMemory(Torch, HostMemory):
     def recognise(
         self, selection: Selection, gradients: list[Any], variables: list[Any]
     ) -> Gradients | None:
+        if "torch._dynamo" in sys.modules:  # since it was built, perhaps
+            _hide_from_compiler()
         prepared = selection.prepared
         known = prepared.get("known")
         if known is None:
@@ -471,6 +482,10 @@ class TorchMemory(Torch, HostMemory):
         if addresses is None or not prepared["placed"].holds():
             return None
         return Gradients(addresses, gradients, {}, prepared)
+
+    def clear(self, selection: Selection, gradients: Any) -> None:
+        torch.autograd.graph.increment_version([entry.accumulator for entry in selection.rest])
+        super().clear(selection, gradients)
 
     def sweep(
         self,
