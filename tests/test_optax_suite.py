@@ -37,7 +37,6 @@ SUITES = {
         "inject or Inject or StateUtils or chain or labels or extra_args or SAM or lamb or"
         " (adam and not adamax and not radam and not rms)",
     ),
-    "accumulation": Suite(2, ("optax.transforms._accumulation_test",), "mixed_precision"),
     # Beside other solvers of optax, with the roundings of each: in float32 those of optax are 1e-4.
     "double": Suite(
         2,
