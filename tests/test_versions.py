@@ -59,6 +59,7 @@ def run(code: str) -> str:
 VARIABLES = {
     "torch": "torch.ones(1)",
     "jax": "jax.new_ref(jax.numpy.ones(1))",
+    "tensorflow": "tensorflow.Variable([1.0])",
     "keras": "keras.Variable([1.0])",
 }
 
