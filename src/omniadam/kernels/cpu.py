@@ -416,10 +416,11 @@ class _Helpers:
                 errors.append(error)
             gate.release()
 
-        # In one call: an interrupt finds a task that is to be waited for, or none.
-        both = starmap(call, [(self._queue.put, (task, (), None)), (begun.append, True)])
+        # In one call, the wait included: an interrupt finds a task that is to be waited for, which
+        # is then done below, or none.
+        task_and_wait = [(self._queue.put, (task, (), None)), (begun.append, True), (gate.acquire,)]
         try:
-            list(both)
+            list(starmap(call, task_and_wait))
         finally:
             if begun:
                 _until(lambda: bool(results or errors), gate.acquire)
