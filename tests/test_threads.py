@@ -285,8 +285,22 @@ def test_nobody_waits_for_the_constraint_of_a_variable() -> None:
     np.testing.assert_allclose(other.numpy(), [0.9, 1.9], rtol=1e-6)
 
 
-def test_every_step_with_a_constraint_is_made_and_counted() -> None:
+@pytest.mark.parametrize("storing_is_slow", [False, True])
+def test_every_step_with_a_constraint_is_made_and_counted(
+    monkeypatch: pytest.MonkeyPatch, storing_is_slow: bool
+) -> None:
     tf: Any = pytest.importorskip("tensorflow")
+    if storing_is_slow:  # so that others read while a part of a step is stored
+        from omniadam.backends.tensorflow import TensorFlow
+
+        store = TensorFlow.store
+
+        def slowly(self: Any, variable: Any, value: Any) -> Any:
+            stored = store(self, variable, value)
+            time.sleep(0.001)
+            return stored
+
+        monkeypatch.setattr(TensorFlow, "store", slowly)
 
     def problem_with_a_constraint() -> tuple[Adam, Any]:
         variable = tf.Variable([1.0, 1.0], constraint=lambda x: tf.clip_by_value(x, 0.5, 1.0))

@@ -300,8 +300,12 @@ class Backend(ABC):
         self.assign(variable, calls + 1)
 
     def calls(self, variable: Any) -> Any:
-        """The count of steps as a step that is to follow them begins."""
-        return self.value(variable)
+        """The count of steps as a step that is to follow them begins.
+
+        Nobody is in the middle of storing one: what is read by this count is from after it.
+        """
+        with self.turn:
+            return self.value(variable)
 
     def counted(self, variable: Any) -> int | None:
         """How many steps were counted so far, if that can be known at this moment."""

@@ -384,11 +384,6 @@ class HostMemory(Backend):
     def aside(self) -> Iterator[None]:
         yield  # nobody has the turn while a step is prepared
 
-    def calls(self, variable: Any) -> Any:
-        # A step counts before it writes: what is read by this count is from after it was done.
-        with self.turn:
-            return self.value(variable)
-
     def counted(self, variable: Any) -> int:
         return int(self.value(variable))
 
