@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import warnings
 from typing import Any
 
@@ -292,11 +291,3 @@ def test_older_generations() -> None:
             reference.step(now)
         assert int(opt.get_weights()[0]) == STEPS
         assert_close([p.numpy() for p in params], reference)
-
-
-if __name__ == "__main__":
-    assert sys.argv[1] == BACKEND
-    for name, test in list(globals().items()):
-        if name.startswith("test_"):
-            test()
-            print(name)

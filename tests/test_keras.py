@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).parent
+from inner import by_backend
+
+pytest.importorskip("keras")
+
+import keras_variables
+
+NAMES = [name for name in vars(keras_variables) if name.startswith("test_")]
+check = by_backend("keras_variables.py")
 
 
-@pytest.mark.needs("keras", "jax", "tensorflow", "torch")
+@pytest.mark.needs("jax", "tensorflow", "torch")
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "tensorflow"])
-def test_keras_variables(backend: str) -> None:
-    env = os.environ | {
-        "KERAS_BACKEND": backend,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE)]),
-    }
-    code = [sys.executable, str(HERE / "keras_variables.py"), backend]
-    done = subprocess.run(code, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    script = (HERE / "keras_variables.py").read_text(encoding="utf-8")
-    assert done.stdout.count("test_") == script.count("\ndef test_") >= 10
+def test_keras_variables(backend: str, name: str, request: pytest.FixtureRequest) -> None:
+    check(request)

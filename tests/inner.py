@@ -1,0 +1,72 @@
+"""Tests of a script that need a process of their own, such as one for each of Keras's backends.
+
+pytest runs them there; here each has its name and its outcome.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def outcomes(
+    script: str, names: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Run these tests of `script` in one process, and say of each what failed, or None."""
+    paths = os.pathsep.join((str(HERE.parent / "src"), str(HERE)))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    # Warnings are not errors there: they are Keras's and its backends'.
+    options = ["-c", os.devnull, "--rootdir", str(HERE), "-p", "no:cacheprovider", "-p", "no:xdist"]
+    with TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-v", "--color=no", *options),
+                *(f"--junit-xml={report}", *(f"{HERE / script}::{name}" for name in names)),
+            ],
+            env=inherited | {"PYTHONPATH": paths} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # A process that died has written nothing; what it printed says at which test.
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
+        found: dict[str, str | None] = dict.fromkeys(names, done.stdout)
+        for case in cases:
+            found[case.get("name", "")] = "\n".join(part.text or part.tag for part in case) or None
+    return found
+
+
+def by_backend(script: str, **environment: str) -> Callable[[pytest.FixtureRequest], None]:
+    """What a test with the parameters `backend` and `name` calls: it fails as the one in there did.
+
+    All that are asked for of one backend run in one process, at the first of them.
+    """
+    ended: dict[str, dict[str, str | None]] = {}
+
+    def check(request: pytest.FixtureRequest) -> None:
+        this = request.node
+        backend, name = this.callspec.params["backend"], this.callspec.params["name"]
+        if backend not in ended:
+            items = [each for each in request.session.items if each.parent is this.parent]
+            chosen = [
+                each.callspec.params["name"]
+                for each in items
+                if getattr(each, "originalname", None) == this.originalname
+                and each.callspec.params["backend"] == backend
+            ]
+            ended[backend] = outcomes(script, chosen, environment | {"KERAS_BACKEND": backend})
+        failed = ended[backend][name]
+        if failed is not None:
+            pytest.fail(failed, pytrace=False)
+
+    return check
