@@ -382,8 +382,13 @@ def sparse(
     return IndexedSlices(values, indices, shape), dense
 
 
-@pytest.mark.parametrize("name", INDICES)
-@pytest.mark.parametrize("layout", [contiguous, every_other, axes_reversed, unaligned])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((name, contiguous) for name in INDICES),
+        *(("repeated and unsorted", layout) for layout in (every_other, axes_reversed, unaligned)),
+    ],
+)
 def test_sparse_is_dense(
     name: str, layout: Callable[[Array], Array], settings: dict[str, Any], dtype: str
 ) -> None:

@@ -28,6 +28,7 @@ from cases import (
     BEYOND_KERAS,
     CASES,
     FORMATS,
+    PART,
     SMALL_SHAPES,
     Case,
     assert_close,
@@ -52,7 +53,7 @@ from jax.experimental import sparse  # noqa: E402
 from omniadam.backends import jax as backend  # noqa: E402
 
 STEPS = 20
-TABLE = CASES | BEYOND_KERAS
+TABLE = PART | BEYOND_KERAS
 SHAPES = ((), (7,), (3, 5), (0, 3))
 # A slot of every kind, and everything that a step does.
 EVERYTHING: dict[str, Any] = {

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from decimal import Decimal, localcontext
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import pytest
 from cases import (
     BEYOND_KERAS,
     CASES,
+    PART,
     SHAPES,
     SMALL_SHAPES,
     STEPS,
+    WHOLE,
     Case,
     assert_close,
     combined,
@@ -246,7 +249,7 @@ def test_contrib_keras_clips_all_by_one_norm_then_by_value() -> None:
 #   PyTorch             `ops.maximum(float64, 1.5)` is float32, and so are the norms that clip:
 #                       such cases are held to float32's tolerance
 #   JAX                 float64 throughout, but compiles anew at each call that accumulates (14
-#                       seconds a case): it runs single settings, and PyTorch all
+#                       seconds a case): it runs single settings, and PyTorch all of the part
 #
 # Where the n-th call has no gradient, Keras on JAX keeps that accumulator: not compared.
 
@@ -255,7 +258,7 @@ WORKER_DTYPE = "float64"
 
 
 def runs(backend: str) -> Iterator[Run]:
-    for name, case in CASES.items():
+    for name, case in PART.items():
         by_norm = not case.settings.keys().isdisjoint({"clipnorm", "global_clipnorm"})
         single = "+" not in name
         exact = "float32" if backend == "torch" and by_norm else "float64"
@@ -511,7 +514,7 @@ def worst(got: Reference, reference: Reference, dtype: str = "float32") -> float
 
 def test_every_setting_shows_alone_and_in_every_combination() -> None:
     start = variables(shapes=SMALL_SHAPES)
-    for name, case in CASES.items():
+    for name, case in (CASES | PART | WHOLE).items():
         reference = after(case.reference(start), SMALL_SHAPES)
         names = name.split("+")
         for left_out in names if name != "defaults" else ():
@@ -520,6 +523,16 @@ def test_every_setting_shows_alone_and_in_every_combination() -> None:
             less = after(rest.reference(start), SMALL_SHAPES)
             same_slots = less.state.keys() == reference.state.keys()
             assert not same_slots or worst(less, reference) > 10, (name, left_out)
+
+
+def test_a_part_has_every_two_settings_together_and_each_without_the_other() -> None:
+    singles = [name for name in CASES if "+" not in name and name != "defaults"]
+    for one, other in permutations(singles, 2):
+        if f"{one}+{other}" in CASES:
+            rows = [set(name.split("+")) for name in PART]
+            assert any({one, other} <= row for row in rows)
+            assert any(one in row and other not in row for row in rows if len(row) > 1)
+    assert {name for names in WHOLE for name in names.split("+")} == {*singles}
 
 
 @pytest.mark.parametrize(

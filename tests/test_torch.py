@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import omniadam  # noqa: E402
 from cases import (  # noqa: E402
     CASES,
+    PART,
     SMALL_SHAPES,
     STEPS,
     Case,
@@ -121,16 +122,16 @@ def assert_unchanged(before: list[Array], opt: Adam, params: list[Any]) -> None:
 # --- The table -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PART)
 def test_every_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the bits of NumPy; elsewhere as near to the oracle as they are."""
     values = variables()
     arrays, in_memory, on_device = [v.copy() for v in values], parameters(values), None
-    reference = CASES[name].reference(values)
-    ours, numpys = build(CASES[name], in_memory), build(CASES[name], arrays)
+    reference = PART[name].reference(values)
+    ours, numpys = build(PART[name], in_memory), build(PART[name], arrays)
     on("device", monkeypatch)
     on_device = parameters(values)
-    elsewhere = build(CASES[name], on_device)
+    elsewhere = build(PART[name], on_device)
     for step in range(STEPS):
         grads = cached_gradients(step)
         tensors = list(map(tensor, grads))
