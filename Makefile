@@ -1,5 +1,5 @@
-# make demo | test | lint | bench | clean. Each makes the virtual environment it needs, once, and again
-# when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
+# make demo | test | test-slow | lint | bench | clean. Each makes the virtual environment it needs,
+# once, and again when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
 # make test-oldest | test-newest: the same tests at both ends of the versions that pyproject.toml allows.
 
 PYTHON ?= python3
@@ -8,24 +8,31 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-oldest test-newest bench lint format clean
+.PHONY: demo test test-slow test-oldest test-newest bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/installed
 	.venv-demo/bin/omniadam train --output runs/demo --overwrite $(ARGS)
 
-# Every library is installed here, so a test that skips for want of one is a failure.
+# Every library is installed here, so a test that skips for want of one is a failure. A file goes to
+# one worker: its tests share what they compile, and the processes that they start.
+pytest = OMNIADAM_REQUIRE_ALL=1 $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
 test: .venv-test/installed
-	OMNIADAM_REQUIRE_ALL=1 .venv-test/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(call pytest,.venv-test) -m "not slow" $(ARGS)
+
+# Other projects' suites, and the like.
+test-slow: .venv-test/installed
+	$(call pytest,.venv-test) -m slow $(ARGS)
 
 test-oldest: .venv-oldest/installed
-	OMNIADAM_REQUIRE_ALL=1 .venv-oldest/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(call pytest,.venv-oldest) $(ARGS)
 
 # What is newest changes without a file here that does: made anew each time.
 test-newest:
 	rm -rf .venv-newest
 	$(MAKE) .venv-newest/installed
-	OMNIADAM_REQUIRE_ALL=1 .venv-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(call pytest,.venv-newest) $(ARGS)
 
 # The peers are the libraries of the tests: the same environment.
 bench: .venv-test/installed

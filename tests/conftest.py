@@ -44,6 +44,7 @@ LIBRARIES = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(library): skipped where the library is missing")
+    config.addinivalue_line("markers", "slow: `make test-slow`, for suites of others and the like")
     if os.environ.get("OMNIADAM_REQUIRE_ALL"):
         missing = [name for name in LIBRARIES if find_spec(name) is None]
         if missing:

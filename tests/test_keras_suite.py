@@ -9,6 +9,7 @@ import pytest
 
 from suites import run_suite
 
+pytestmark = pytest.mark.slow
 COUNTED = "3.15.1"
 NAMES = ("adam", "adamw", "optimizer", "multi_optimizer", "loss_scale_optimizer")
 

@@ -10,6 +10,7 @@ optax = pytest.importorskip("optax")
 
 from suites import run_suite  # noqa: E402
 
+pytestmark = pytest.mark.slow
 COUNTED = "0.2.8"
 
 

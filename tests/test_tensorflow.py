@@ -1590,9 +1590,3 @@ print(sorted(names & {"autograd", "jax", "keras", "optax", "scipy", "tf_keras", 
     assert run_script(code, tmp_path).strip() == "[]"
     with_torch = code.replace("w = tf", "import torch\nw = tf")
     assert "torch" in run_script(with_torch, tmp_path)
-
-
-def test_the_example_runs(tmp_path: Path) -> None:
-    script = HERE.parent / "examples" / "tensorflow_loop.py"
-    out = run_script(script.read_text(encoding="utf-8"), tmp_path, PYTHONWARNINGS="error")
-    assert "TensorFlow: 200 steps" in out

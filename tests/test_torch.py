@@ -1817,8 +1817,3 @@ print(sorted(names & foreign), "torch._dynamo" in sys.modules and "torch._dynamo
 """
     assert run_script(code).split("\n")[0] == "[] False"
     assert run_script(f"import autograd\n{code}").startswith("['autograd'")
-
-
-def test_the_example_runs() -> None:
-    script = Path(__file__).parents[1] / "examples" / "torch_loop.py"
-    assert "PyTorch: 200 steps" in run_script(script.read_text(encoding="utf-8"), "-W", "error")

@@ -2232,10 +2232,6 @@ def test_documentation_of_trainers() -> None:
     python("-c", documented(trainers=True))
 
 
-def test_example() -> None:
-    assert "accuracy" in python("-W", "error", str(ROOT / "examples" / "torch_dropin.py"))
-
-
 def test_kernels_are_used() -> None:
     """The tests above are about the fast path wherever there is one."""
     params = weights()

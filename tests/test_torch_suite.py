@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 from test_torch_optim import ROOT, python
 
 
+@pytest.mark.slow
 @pytest.mark.needs("expecttest")
 def test_every_input_of_torchs_own_tests() -> None:
     """In a process of its own: what is imported for it changes torch for all that follows."""
