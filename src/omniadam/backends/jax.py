@@ -60,6 +60,13 @@ _KEPT = 16
 _BY_KERNELS, _REHEARSED = "by kernels", "rehearsed"
 
 
+def is_ref(value: Any) -> bool:
+    """Whether it is a Ref, or stands for one in a trace: jax 0.7.2 does not say so of that."""
+    if isinstance(value, jax.Ref):
+        return True
+    return isinstance(value, Tracer) and type(value.aval).__name__ == "AbstractRef"
+
+
 class Held:
     """A state variable of an optimizer for bare arrays: an array, which only replacing changes."""
 
@@ -214,7 +221,7 @@ class JAX(Functional):
 
     def __init__(self, variables: Sequence[Any] = ()) -> None:
         super().__init__()
-        self._is_mutable = any(isinstance(v, jax.Ref) for v in variables)
+        self._is_mutable = any(is_ref(v) for v in variables)
         # Where state lies that belongs to no variable.
         self._home = _home([v for v in variables if not isinstance(v, Tracer)])
         # The numbers of the latest step, whether in double precision, and as an array.
@@ -237,12 +244,12 @@ class JAX(Functional):
                 f"An optimizer must be built outside of compiled functions. Received variable "
                 f"'{name}' as a tracer. Call build(variables) first, on the jax.Refs or arrays."
             )
-        if not isinstance(variable, (jax.Ref, jax.Array)):
+        if not (is_ref(variable) or isinstance(variable, jax.Array)):
             raise TypeError(
                 f"Variable '{name}' must be a jax.Ref or a jax.Array. Received: "
                 f"{received(variable)}."
             )
-        if isinstance(variable, jax.Ref) != self._is_mutable:
+        if is_ref(variable) != self._is_mutable:
             raise TypeError(
                 "All variables of an optimizer must be jax.Refs, or all must be arrays. Received "
                 f"variable '{name}' as a {received(variable)}. Make a Ref with jax.new_ref(array)."
@@ -297,7 +304,7 @@ class JAX(Functional):
         return variable.array if isinstance(variable, Held) else variable
 
     def load(self, variable: Any) -> Any:
-        if isinstance(variable, jax.Ref):
+        if is_ref(variable):
             return variable[...]
         return variable.array if isinstance(variable, Held) else variable
 
@@ -309,7 +316,7 @@ class JAX(Functional):
                     "outlive. Set it outside, or in the list that stateless_apply takes."
                 )
             variable.array = value
-        elif not isinstance(variable, jax.Ref):
+        elif not is_ref(variable):
             raise TypeError(
                 f"A jax.Array cannot be assigned to; this one has shape {variable.shape}. Train "
                 "jax.Refs, made by jax.new_ref(array), or keep the arrays that stateless_apply "
@@ -319,12 +326,12 @@ class JAX(Functional):
             variable[...] = value
 
     def assign(self, variable: Any, value: Any) -> None:
-        if isinstance(value, (jax.Ref, Held)):
+        if is_ref(value) or isinstance(value, Held):
             value = self.read(value)
         self._here.counts = None
         if self._here.call is not None or isinstance(value, jax.Array) or not nothing_is_traced():
             self.write(variable, value)
-        elif isinstance(variable, Held) or (isinstance(variable, jax.Ref) and refs_are_open()):
+        elif isinstance(variable, Held) or (is_ref(variable) and refs_are_open()):
             self._assign_from_host(variable, value)
         else:
             self.write(variable, value)
@@ -352,7 +359,7 @@ class JAX(Functional):
 
     def _at_hand(self, variable: Any) -> Any:
         """The present value for reading at once, without a copy of it where that is possible."""
-        if isinstance(variable, jax.Ref) and nothing_is_traced() and refs_are_open():
+        if is_ref(variable) and nothing_is_traced() and refs_are_open():
             return variable._refs._buf
         return self.load(variable)
 
@@ -365,7 +372,7 @@ class JAX(Functional):
         return self.load(variable) if found is None else found
 
     def array(self, variable: Any) -> Any:
-        return self.read(variable) if isinstance(variable, (jax.Ref, Held)) else variable
+        return self.read(variable) if (is_ref(variable) or isinstance(variable, Held)) else variable
 
     def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return tuple(variable.shape), np.dtype(variable.dtype)
@@ -406,7 +413,7 @@ class JAX(Functional):
         expected = f"The variable has shape {entry.shape} and dtype {entry.dtype}."
         who = f"The gradient of variable '{entry.name}'"
         is_sparse = _is_sparse(gradient)
-        if isinstance(gradient, jax.Ref) or not (
+        if is_ref(gradient) or not (
             is_sparse or isinstance(gradient, (jax.Array, np.ndarray, np.generic))
         ):
             raise TypeError(
@@ -478,9 +485,7 @@ class JAX(Functional):
         if not any(isinstance(v, Tracer) for v in variables):
             return None
         forms = [(tuple(getattr(v, "shape", ())), str(getattr(v, "dtype", ""))) for v in variables]
-        if not all(isinstance(v, jax.Ref) for v in variables) or forms != [
-            (e.shape, e.dtype) for e in entries
-        ]:
+        if not all(is_ref(v) for v in variables) or forms != [(e.shape, e.dtype) for e in entries]:
             raise ValueError(
                 "Inside a compiled function, jax.Refs that are its arguments are told apart by "
                 f"their position: they must be all {len(entries)} variables that the optimizer was "
@@ -901,7 +906,7 @@ class Program:
         counters = [v for v in changed if jnp.issubdtype(v.dtype, jnp.integer)]
         self._backend = backend
         # The array in a Ref is the Ref's alone; elsewhere users may have it in their hands.
-        self._owns = all(isinstance(v, jax.Ref) for v in changed)
+        self._owns = all(is_ref(v) for v in changed)
         self._changed, self._kept = [v._refs for v in changed], [v._refs for v in kept]
         self._counters = [(id(v), _Place()) for v in counters]
         self._targets = [*self._changed, *(place for _, place in self._counters)]
@@ -1039,7 +1044,7 @@ def refs_are_open() -> bool:
 def _home(variables: Sequence[Any]) -> Any:
     """Where counters are placed: on all devices of the variables, if they are bound to any."""
     for v in variables:
-        if isinstance(v, (jax.Ref, jax.Array)) and v.committed:
+        if (is_ref(v) or isinstance(v, jax.Array)) and v.committed:
             devices = v.sharding.device_set
             if len(devices) == 1:
                 return v.sharding
@@ -1083,7 +1088,7 @@ _dense = jax.jit(_dense_of)
 
 def _fitting(value: Any, name: str, variable: Any, *, same: bool) -> Any:
     """A value that `stateless_apply` is given, as an array of its variable's shape and dtype."""
-    if isinstance(value, jax.Ref) or not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if is_ref(value) or not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(
             f"`stateless_apply` takes values. Received: {received(value)} for '{name}'. Pass "
             "ref[...] for a jax.Ref, and the state as stateless_apply returned it."

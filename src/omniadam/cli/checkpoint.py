@@ -35,7 +35,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write named arrays to a .npz file, all of them or nothing."""
-    replace(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    replace(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def load(path: Path) -> dict[str, NDArray[Any]]:

@@ -149,8 +149,10 @@ def _buffers(
 ) -> Iterator[list[Array | None]]:
     """The streams in flat pieces of at most `size` elements, written back where `stored`."""
     present = [i for i, each in enumerate(streams) if each is not None]
+    # Of an array without axes NumPy 2.0 hands out a buffer that it has not filled.
+    at_least_1d = [np.atleast_1d(streams[i]) for i in present]  # type: ignore[arg-type]
     iterator = np.nditer(  # type: ignore[call-overload]
-        [streams[i] for i in present],
+        at_least_1d,
         flags=["external_loop", "buffered", "zerosize_ok"],
         op_flags=[["readwrite" if stored[i] else "readonly", "contig", "aligned"] for i in present],
         op_dtypes=[dtypes[i] for i in present],
