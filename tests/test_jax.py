@@ -8,7 +8,6 @@ import gc
 import os
 import pickle
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -1741,11 +1740,6 @@ def test_a_step_imports_jax_alone() -> None:
     foreign = {"torch", "tensorflow", "keras", "tf_keras", "optax"}
     assert not foreign & set(run_elsewhere(STEP).split())
     assert "optax" in run_elsewhere(f"import optax{STEP}").split()  # that this can fail
-
-
-def test_the_example() -> None:
-    script = Path(__file__).parents[1] / "examples" / "jax_refs.py"
-    runpy.run_path(str(script))
 
 
 @calls_kernels

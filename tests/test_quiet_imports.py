@@ -44,28 +44,64 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+# Each runs in a fork of one process, which has imported TensorFlow and done nothing with it.
+WITH_TENSORFLOW = {
+    # And by a step on another library's arrays too.
+    "configured": [MADE, STEPS, CONFIGURED],
+    "tf_keras": ["import tf_keras", MADE, CONFIGURED],
+    "keras": ["import keras, omniadam.keras", MADE, CONFIGURED],
+    "a legacy Keras that is broken": [
+        "import os, sys",
+        "os.environ['TF_USE_LEGACY_KERAS'], sys.modules['tf_keras'] = '1', None",
+        MADE,
+        STEPS,
+    ],
+    # Its names for state are private: where they are others, it refuses the optimizer.
+    "state that a checkpoint would not find": [
+        """
+tf.train.TrackableView.children = classmethod(lambda cls, obj, *args, **kwargs: {})
+import omniadam
+opt = omniadam.Adam()
+try:
+    tf.train.Checkpoint(opt=opt)
+except ValueError as error:
+    assert "trackable" in str(error), error
+else:
+    raise AssertionError
+"""
+    ],
+}
+FORKS = f"""
+import os, traceback
+import tensorflow as tf
+for name, code in {[(name, chr(10).join(code)) for name, code in WITH_TENSORFLOW.items()]!r}:
+    child = os.fork()
+    if not child:
+        try:
+            exec(code, {{"tf": tf}})
+        except BaseException:
+            traceback.print_exc(file=open(1, "w", closefd=False))
+            os._exit(1)
+        os._exit(0)
+    print(f"{{name}} ended with {{os.waitpid(child, 0)[1]}}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> str:
+    return run(FORKS, KERAS_BACKEND="tensorflow")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.needs("tensorflow", "keras", "tf_keras")
+@pytest.mark.parametrize("name", WITH_TENSORFLOW)
+def test_after_tensorflow(name: str, forks: str) -> None:
+    assert f"{name} ended with 0\n" in forks, forks
+
+
 @pytest.mark.needs("tensorflow")
-@pytest.mark.parametrize("order", ["first", "last"])
-def test_tensorflow_can_still_be_configured(order: str) -> None:
-    """And by a step on another library's arrays too."""
-    parts = (
-        ["import tensorflow as tf", MADE]
-        if order == "first"
-        else [MADE, "import tensorflow as tf", MADE]
-    )
-    run("\n".join([*parts, STEPS, CONFIGURED]))
-
-
-@pytest.mark.needs("tf_keras")
-def test_with_tf_keras_imported() -> None:
-    run("\n".join(["import tensorflow as tf, tf_keras", MADE, CONFIGURED]))
-
-
-@pytest.mark.needs("keras")
-@pytest.mark.needs("tensorflow")
-def test_with_keras_on_tensorflow() -> None:
-    code = ["import tensorflow as tf, keras, omniadam.keras", MADE, CONFIGURED]
-    run("\n".join(code), KERAS_BACKEND="tensorflow")
+def test_before_tensorflow() -> None:
+    run("\n".join([MADE, "import tensorflow as tf", MADE, STEPS, CONFIGURED]))
 
 
 STUBS = {
@@ -96,26 +132,3 @@ def test_libraries_that_are_broken(stub: str) -> None:
         code += ["module = types.ModuleType('NAME')", STUBS[stub], "sys.modules['NAME'] = module"]
         code = [line.replace("NAME", name) for line in code]
     run("\n".join([*code, MADE, STEPS]))
-
-
-@pytest.mark.needs("tensorflow")
-def test_a_legacy_keras_that_is_broken() -> None:
-    code = "import sys, tensorflow as tf\nsys.modules['tf_keras'] = None\n"
-    run(code + MADE + STEPS, TF_USE_LEGACY_KERAS="1")
-
-
-@pytest.mark.needs("tensorflow")
-def test_state_that_a_checkpoint_would_not_find() -> None:
-    """TensorFlow's names for it are private: where they are others, it refuses the optimizer."""
-    run("""
-import tensorflow as tf
-tf.train.TrackableView.children = classmethod(lambda cls, obj, *args, **kwargs: {})
-import omniadam
-opt = omniadam.Adam()
-try:
-    tf.train.Checkpoint(opt=opt)
-except ValueError as error:
-    assert "trackable" in str(error), error
-else:
-    raise AssertionError
-""")
