@@ -13,7 +13,7 @@ import pytest
 
 from omniadam import Adam, Optimizer
 
-THREADS, STEPS = 4, 20
+THREADS, STEPS = 4, 12
 EVERYTHING: dict[str, Any] = {
     "learning_rate": 0.01,
     "amsgrad": True,
