@@ -19,7 +19,7 @@ import omniadam
 from older import LIBRARIES, Library, imported
 from omniadam import Adam, AdamW, migrate, schedules
 from omniadam.compat import contrib_keras, optimizer_v2
-from test_docs import blocks, run
+from shown import ROOT, blocks
 
 SHAPES = ((3, 2), (2,), ())
 STEPS = 5
@@ -346,4 +346,7 @@ def test_page() -> None:
     """One process: each import of TensorFlow takes seconds."""
     found = blocks("docs/migration.md")
     assert len(found) >= 5
-    run("\n".join(f"exec({code!r}, {{}})" for code in found), TF_USE_LEGACY_KERAS="1")
+    code = "\n".join(f"exec({code!r}, {{}})" for code in found)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TF_USE_LEGACY_KERAS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
