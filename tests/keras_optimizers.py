@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from cases import CASES, SMALL_SHAPES, assert_close, gradients, variables
@@ -30,6 +31,7 @@ if BACKEND == "tensorflow":
     )
 Theirs = keras.optimizers.Adam
 TRAINING = ("torch", "jax", "tensorflow")  # Keras on NumPy has no fit
+IS_OLD = keras.__version__.startswith("3.10.")
 BACKENDS: dict[str, tuple[str, ...]] = {}  # of each test
 
 # Of weights and state that Keras's own optimizer left: a few float32 roundings a step.
@@ -161,6 +163,8 @@ def test_half_precision_against_the_oracle() -> None:
 
 @on("numpy", "torch", "tensorflow")
 def test_double_precision_as_keras_does() -> None:
+    if IS_OLD and keras.backend.backend() == "jax":
+        pytest.skip("this Keras warns that it makes single precision of it")
     for settings in ({}, {"use_ema": True, "gradient_accumulation_steps": 2, "amsgrad": True}):
         ends = []
         for kind in (Adam, Theirs):
@@ -483,6 +487,8 @@ def test_backup_and_restore() -> None:
 
 @on(*TRAINING)
 def test_multi_optimizer() -> None:
+    if IS_OLD:
+        pytest.skip("this Keras has no OptimizerMap")
     nets = []
     for kind in (Adam, Theirs):
         net = model()
@@ -537,6 +543,8 @@ def test_checkpoint() -> None:
 @on("jax")
 def test_distribution() -> None:
     """On 8 devices as on one; slots lie as the variables do."""
+    if IS_OLD:
+        pytest.skip("this Keras cannot build the model that is sharded")
     settings = {"learning_rate": 0.02, "global_clipnorm": 0.3, "weight_decay": 0.1, "use_ema": True}
     alone = compiled(partial(Adam, **settings))
     fit(alone)
@@ -566,6 +574,8 @@ def test_kernels_in_compiled_functions() -> None:
     import jax
     import jax.numpy as jnp
 
+    if jax.__version_info__ < (0, 8, 1):
+        pytest.skip("XLA makes the step in this version of JAX")
     if jax.device_count() > 1:  # where the step is XLA's, as values may be sharded
         name = "test_kernels_in_compiled_functions"
         assert outcomes(Path(__file__).name, [name], {"XLA_FLAGS": ""}) == {name: None}
