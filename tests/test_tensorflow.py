@@ -406,7 +406,7 @@ from cases import CASES, SMALL_SHAPES, assert_close, gradients, variables
 
 NAMES = ("defaults", "clipnorm", "ema_momentum+ema_overwrite_frequency+gradient_accumulation_steps",
     list(CASES)[-1])
-for name in NAMES:
+for name in NAMES if "v1" in sys.argv else NAMES[::3]:  # the defaults, and everything
     for is_resource in (True, False):
         case = CASES[name]
         with tf.Graph().as_default():
@@ -519,7 +519,7 @@ def compare(ws, want, opt, other):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 for name in ("defaults", "global_clipnorm", list(CASES)[-1]):
-    for is_function in (True, False):
+    for is_function in (True, False) if name == list(CASES)[-1] else (True,):
         values = variables(shapes=SMALL_SHAPES)
         with strategy.scope():
             ws = [tf.Variable(v) for v in values]
@@ -1584,9 +1584,11 @@ opt = Adam()
 for _ in range(3):
     opt.minimize(lambda: tf.reduce_sum(w ** 2), [w])
 opt.get_weights(), opt.get_config()
-names = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(names & {"autograd", "jax", "keras", "optax", "scipy", "tf_keras", "torch"}))
+def found():
+    names = {name.partition(".")[0] for name in set(sys.modules) - before}
+    return sorted(names & {"autograd", "jax", "keras", "optax", "scipy", "tf_keras", "torch"})
+print(found())
+import torch
+print("torch" in found())  # that this can fail
 """
-    assert run_script(code, tmp_path).strip() == "[]"
-    with_torch = code.replace("w = tf", "import torch\nw = tf")
-    assert "torch" in run_script(with_torch, tmp_path)
+    assert run_script(code, tmp_path).split() == ["[]", "True"]
