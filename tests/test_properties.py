@@ -17,7 +17,7 @@ from cases import CASES, Case, assert_close
 from omniadam import Adam, IndexedSlices
 from reference import Array
 
-EXAMPLES = settings(max_examples=150, deadline=None, derandomize=bool(os.environ.get("CI")))
+EXAMPLES = settings(max_examples=100, deadline=None, derandomize=bool(os.environ.get("CI")))
 
 # Each has kernels of its own, compiled when the first example draws it.
 NAMES = (
