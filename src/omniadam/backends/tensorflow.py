@@ -61,6 +61,15 @@ def _cast(value: Any, dtype: Any) -> Any:
     return tf.cast(value, dtype) if _is_tensor(value) else tf.constant(value, dtype)
 
 
+# `tf.maximum` and `tf.minimum` lose a NaN where XLA of TensorFlow 2.19 compiles them.
+def _maximum(a: Any, b: Any) -> Any:
+    return tf.where((a > b) | tf.math.is_nan(a), a, b)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    return tf.where((a < b) | tf.math.is_nan(a), a, b)
+
+
 class Scalars(Numbers):
     """Functions of the coefficients of a step: of numbers of the host, or of float64 tensors."""
 
@@ -82,7 +91,7 @@ class Scalars(Numbers):
 
     @staticmethod
     def maximum(a: Any, b: Any) -> Any:
-        return tf.maximum(a, b) if _is_tensor(a) else Numbers.maximum(a, b)
+        return _maximum(a, b) if _is_tensor(a) else Numbers.maximum(a, b)
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
@@ -94,7 +103,7 @@ class Scalars(Numbers):
 class Arrays:
     """The functions that the rule is bound to."""
 
-    sqrt, maximum, minimum = tf.sqrt, tf.maximum, tf.minimum
+    sqrt, maximum, minimum = tf.sqrt, _maximum, _minimum
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
