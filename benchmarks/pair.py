@@ -24,7 +24,7 @@ from sets import SETS, arrays, size
 
 import omniadam
 from omniadam.kernels import cpu
-from omniadam.rule import Pass, RuleKey
+from omniadam.rule import Pass, Rule
 
 Step = Callable[[], Any]
 OURS: dict[str, dict[str, Any]] = {
@@ -318,7 +318,7 @@ def keras_step(w: list[Any], g: list[Any], mode: str, is_ours: bool = False) -> 
     return better()
 
 
-def make_stream(sqrt: Any, maximum: Any) -> Any:
+def make_stream(functions: Any) -> Any:
     """Adam's traffic without Adam's arithmetic: reads g, reads and writes w, m and v."""
     return lambda w, g, slots, c: (w + g, (slots[0] + g, slots[1] + g))
 
@@ -328,13 +328,13 @@ def streaming(w: list[Any], g: list[Any], mode: str) -> Step:
 
     m, v = [np.zeros_like(x) for x in w], [np.zeros_like(x) for x in w]
     rows = [[a.ctypes.data for a in each] + [0, 0] for each in zip(w, m, v, strict=True)]
-    rule = RuleKey(make_stream, ("m", "v"))
+    rule = Rule(make_stream, ("m", "v"), ())
     kind = Pass(gradient=True, updates=True)
     sweep = cpu.Sweep(kind, rule, "float32", "float32", rows, [x.size for x in w])
     addresses = array("q", [x.ctypes.data for x in g])
     zeros = array("d", [0.0] * 8)
     keep = (w, g, m, v)  # the kernel knows addresses only
-    return lambda: (sweep.run(addresses, zeros, zeros, zeros), keep)
+    return lambda: (sweep.run(addresses, zeros, zeros), keep)
 
 
 PEERS: dict[str, tuple[Callable[..., Step], Callable[..., Step]]] = {

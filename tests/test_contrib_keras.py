@@ -60,8 +60,8 @@ def tf(monkeypatch: pytest.MonkeyPatch) -> Any:
     if find_spec("tensorflow") is None:
         pytest.skip("tensorflow is not installed")
     module = imported("tensorflow")
-    backend = imported("omniadam.backends.tensorflow")
-    monkeypatch.setattr(backend.TensorFlow, "jit_compile", False)
+    fast = imported("omniadam.fast.tensorflow")
+    monkeypatch.setattr(fast.FastTensorFlow, "jit_compile", False)
     return module
 
 

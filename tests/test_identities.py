@@ -15,7 +15,9 @@ import pytest
 
 from cases import variables
 from omniadam import Adam, IndexedSlices
-from omniadam.kernels import cpu, jit, ndarrays
+from omniadam.fast import ndarrays
+from omniadam.kernels import cpu, jit
+from omniadam.tuned import CHUNK
 from reference import Array
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("kernel")
 DTYPES = ["float32", "float64", "float16"]
 STEPS = 3
 # More than a vector and its remainder, more than a chunk, and what has no neighbours.
-SHAPES = ((), (1,), (37,), (5, 7), (2, 3, 5), (0, 3), (cpu.CHUNK + 21,))
+SHAPES = ((), (1,), (37,), (5, 7), (2, 3, 5), (0, 3), (CHUNK + 21,))
 
 ALL: dict[str, Any] = {"amsgrad": True, "weight_decay": 0.5, "loss_scale_factor": 4.0}
 ALL |= {"use_ema": True, "ema_overwrite_frequency": 2}
@@ -156,12 +158,12 @@ def test_second_step_compiles_nothing(
     asked: list[str] = []
     compiled = jit.compiled
 
-    def counted(build: Any, specialisation: str, *rest: Any) -> jit.Kernel:
+    def counted(build: Any, specialisation: str, *rest: Any, **more: Any) -> jit.Kernel:
         asked.append(specialisation)
-        return compiled(build, specialisation, *rest)
+        return compiled(build, specialisation, *rest, **more)
 
     monkeypatch.setattr(jit, "compiled", counted)
-    for kernel in (cpu._pass_kernel, cpu._squares_kernel, ndarrays._kernel):
+    for kernel in (cpu._kernel, ndarrays._kernel):
         kernel.cache_clear()
     w = np.ones((3, 5), dtype)
     opt = Adam(**settings)
@@ -408,7 +410,7 @@ def test_sparse_is_dense(
 
 def test_sparse_beside_dense(settings: dict[str, Any], dtype: str) -> None:
     """And rows longer than a chunk."""
-    shapes = [(3, cpu.CHUNK + 5), (4, 3), (7,)]
+    shapes = [(3, CHUNK + 5), (4, 3), (7,)]
     params, want = variables(dtype, shapes=shapes), variables(dtype, shapes=shapes)
     opt, want_opt = Adam(**settings), Adam(**settings)
     for step in range(STEPS):

@@ -39,9 +39,8 @@ from cases import (
     with_missing,
 )
 from omniadam import Adam, AdamW, Optimizer, schedules
-from omniadam.adam import _ADAM
-from omniadam.kernels import cpu, xla
-from omniadam.rule import RuleKey, make_adam
+from omniadam.fast import xla
+from omniadam.kernels import cpu
 from precision import double_precision
 from reference import Array, Reference
 
@@ -51,6 +50,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import sparse  # noqa: E402
 
 from omniadam.backends import jax as backend  # noqa: E402
+from omniadam.fast import jax as fast  # noqa: E402
 
 STEPS = 20
 TABLE = PART | BEYOND_KERAS
@@ -87,11 +87,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     version of JAX has them elsewhere.
     """
     if request.param == "xla":
-        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
+        monkeypatch.setattr(fast, "kernels_work", lambda: False)
     if request.param == "public":
-        monkeypatch.setattr(backend, "refs_are_open", lambda: False)
-        slower = lambda: not isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)  # noqa: E731
-        monkeypatch.setattr(backend, "nothing_is_traced", slower)
+        monkeypatch.setattr(fast, "refs_are_open", lambda: False)
+        monkeypatch.setattr(fast, "look_for_traces", lambda: backend.nothing_is_traced)
     return request.param
 
 
@@ -530,9 +529,8 @@ def test_peak_memory() -> None:
         opt, params = Adam(**settings), refs_of(start(shapes))
         given = grads(0, shapes)
         opt.apply_gradients(zip(given, params, strict=True))
-        (program,) = opt._recent.prepared["programs"].values()  # type: ignore[union-attr]
-        arrays = [[place._buf for place in each] for each in (program._changed, program._kept)]
-        compiled = lowered(opt, program, *arrays, given).compile()
+        (program,) = opt._recent.prepared.programs.values()  # type: ignore[union-attr]
+        compiled = program.lowered(given, rate_and_numbers(opt)).compile()
         memory = compiled.memory_analysis()
         largest = 4 * 300 * 400
         assert memory.alias_size_in_bytes > 3 * largest
@@ -550,16 +548,14 @@ def test_peak_memory() -> None:
 # --- The kernels of the CPU ----------------------------------------------------------------------
 
 
-def lowered(opt: Optimizer, program: Any, *arguments: Any) -> Any:
-    numbers = opt._backend._argument(opt._rate_and_fixed()[1].numbers)  # type: ignore[union-attr]
-    return program._compiled.jitted.lower(*arguments, (None, numbers))
+def rate_and_numbers(opt: Optimizer) -> tuple[Any, Any]:
+    return None, opt._rate_and_step()[1].numbers
 
 
 def compiled_step(opt: Optimizer, given: list[Any]) -> str:
     """The one program that the steps of an optimizer were compiled to."""
-    (program,) = opt._recent.prepared["programs"].values()  # type: ignore[union-attr]
-    arrays = [[place._buf for place in each] for each in (program._changed, program._kept)]
-    text: str = lowered(opt, program, *arrays, given).compile().as_text()
+    (program,) = opt._recent.prepared.programs.values()  # type: ignore[union-attr]
+    text: str = program.lowered(given, rate_and_numbers(opt)).compile().as_text()
     return text
 
 
@@ -582,7 +578,7 @@ def test_norms_do_not_overflow(
 ) -> None:
     """As on NumPy, which sums in double precision."""
     if by == "xla":
-        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
+        monkeypatch.setattr(fast, "kernels_work", lambda: False)
     values, threshold = NORMS[name]
     dtype = "bfloat16" if name == "overflow" else "float32"
     given = [jnp.asarray(value, dtype) for value in values]
@@ -631,15 +627,14 @@ def test_derivative_through_a_clipped_step(clip: dict[str, float], at: float) ->
 
 
 @calls_kernels
-@pytest.mark.parametrize("why_not", ["", "version", "OMNIADAM_KERNEL", "rule"])
+@pytest.mark.parametrize("why_not", ["", "version", "OMNIADAM_KERNEL"])
 def test_a_step_is_one_call_of_a_kernel(why_not: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why_not == "version":
-        monkeypatch.setattr(backend, "_kernels_work", lambda: False)
+        monkeypatch.setattr(fast, "kernels_work", lambda: False)
     if why_not == "OMNIADAM_KERNEL":
         monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
-    kind: type[Adam] = Local if why_not == "rule" else Adam
     for settings, calls in (SETTINGS["plain"], 1), (EVERYTHING | {"amsgrad": False}, 2):
-        opt, params = kind(**settings), refs_of(start())
+        opt, params = Adam(**settings), refs_of(start())
         for step in range(4):
             opt.apply_gradients(zip(grads(step), params, strict=True))
         text = compiled_step(opt, grads(0))
@@ -647,12 +642,6 @@ def test_a_step_is_one_call_of_a_kernel(why_not: str, monkeypatch: pytest.Monkey
         theirs, wanted = numpy_run(settings, 4)
         assert_near(values_of(params), wanted)
         assert_near(opt.get_weights(), theirs.get_weights())
-
-
-class Local(Adam):
-    """With a rule that no kernel can be made of, since its function is not a module's."""
-
-    _rule = RuleKey(lambda *args, **settings: make_adam(*args, **settings), *_ADAM[1:])  # type: ignore[assignment]
 
 
 def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -702,7 +691,7 @@ def test_an_optimizer_may_go_while_its_step_runs() -> None:
 
 
 def test_many_variables_are_cut_into_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_MOST_IN_A_CALL", 2)
+    monkeypatch.setattr(fast, "IN_A_CALL", 2)
     opt, params = Adam(**EVERYTHING), refs_of(start())
     for step in range(5):
         opt.apply_gradients(zip(grads(step), params, strict=True))
@@ -758,7 +747,7 @@ def test_frames_that_xla_states_to_be_of_another_form_are_left_alone() -> None:
 def test_a_program_of_another_process_says_what_to_do() -> None:
     form = jax.ShapeDtypeStruct((2,), np.float32)
     call = jax.ffi.ffi_call("omniadam_kernel", [form] * 3)
-    assert backend._kernels_work()
+    assert fast.kernels_work()
     plan, x = np.array([1, 2], np.uint32), np.zeros(2, np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Trace the same step in this process"):
         jax.block_until_ready(jax.jit(call)(plan, np.zeros(12, np.float32), x, x, x, x))
@@ -1750,8 +1739,8 @@ def test_a_step_imports_jax_alone() -> None:
 @calls_kernels
 def test_this_version_of_jax_is_fast() -> None:
     assert re.match(r"\d+\.\d+", jax.__version__)
-    assert backend.refs_are_open() and backend._kernels_work()
-    assert backend.nothing_is_traced.__module__ == "jax._src.core"
+    assert fast.refs_are_open() and fast.kernels_work()
+    assert fast.look_for_traces().__module__ == "jax._src.core"
 
 
 def test_gradients_of_types_in_turn_compile_nothing() -> None:

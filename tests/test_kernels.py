@@ -28,21 +28,25 @@ import pytest
 import omniadam
 from cases import assert_close, gradients, variables
 from omniadam import Adam, IndexedSlices, Optimizer
-from omniadam.adam import _ADAM, _AMSGRAD
+from omniadam.adam import ADAM, AMSGRAD
 from omniadam.backends.base import FLOATS
-from omniadam.kernels import cpu, jit, layout, ndarrays
+from omniadam.fast import ndarrays
+from omniadam.fast.ndarrays import Inspector
+from omniadam.kernels import cpu, jit, layout
 from omniadam.kernels.cpu import Sweep
-from omniadam.kernels.ndarrays import Inspector
-from omniadam.rule import Pass, Rule, RuleKey
+from omniadam.rule import NOTHING, Pass, Rule
+from omniadam.tuned import CHUNK
 from reference import Array, Reference
 
 # Several chunks of the kernels, the last one no multiple of a vector's width.
-LONG = (3 * cpu.CHUNK + 1237,)
+LONG = (3 * CHUNK + 1237,)
 SHAPES = ((), (7,), (3, 5), (0, 3), LONG)
 FULL: dict[str, Any] = {"amsgrad": True, "weight_decay": 0.5, "global_clipnorm": 2.0}
 FULL |= {"use_ema": True, "ema_overwrite_frequency": 2, "loss_scale_factor": 300.0}
 STEP = Pass(gradient=True, updates=True)
-EVERYTHING = Pass(*[True] * len(Pass._fields))
+FLAGS = [name for name in Pass._fields if name not in ("measured", "measures_only")]
+EVERYTHING = Pass(*[True] * len(FLAGS))
+NORM = STEP._replace(measured=("gradient",), measures_only=True)
 
 
 def fresh(code: str, **environment: str) -> str:
@@ -75,54 +79,44 @@ def digest(arrays: Sequence[Array]) -> str:
     return hashlib.sha256(b"".join(each.tobytes() for each in arrays)).hexdigest()
 
 
-# --- Trap 1: no specialisation is mistaken for another --------------------------------------------
+# --- No specialisation is mistaken for another --------------------------------------------
 
 
-def make_momentum(sqrt: Any, maximum: Any, *, nesterov: bool) -> Rule:
+def make_momentum(functions: Any, *, nesterov: bool) -> Any:
     """A second rule: another number of slots, and a setting of its own."""
 
     def momentum(w: Any, g: Any, slots: Any, c: Any) -> Any:
-        rate, decay, _, _ = c
+        rate, decay = c
         trace = decay * slots[0] + g
         return w - rate * (g + decay * trace if nesterov else trace), (trace,)
 
     return momentum
 
 
-def make_descent(sqrt: Any, maximum: Any) -> Rule:
+def make_descent(functions: Any) -> Any:
     return lambda w, g, slots, c: (w - c[0] * g, ())
 
 
 MOMENTUM, NESTEROV = (
-    RuleKey(make_momentum, ("trace",), (("nesterov", nesterov),)) for nesterov in (False, True)
+    Rule(make_momentum, ("trace",), ("rate", "decay"), (("nesterov", nesterov),))
+    for nesterov in (False, True)
 )
-DESCENT = RuleKey(make_descent, ())
+DESCENT = Rule(make_descent, (), ("rate",))
 
 
 class Custom(Optimizer):
     """An optimizer that is nothing but its rule."""
 
-    def __init__(self, rule: RuleKey, **settings: Any) -> None:
+    rule: Any = None
+
+    def __init__(self, rule: Rule, **settings: Any) -> None:
         super().__init__(0.25, **settings)
         self.rule = rule
 
-    @property
-    def _rule(self) -> RuleKey:
-        return self.rule
-
-    @property
-    def _is_fused(self) -> bool:
-        return True
-
-    def _coefficients(
-        self,
-        rule: RuleKey,
-        functions: Any,
-        learning_rate: Any,
-        t: Any,
-        *hyperparameters: float,
-    ) -> Sequence[float]:
-        return learning_rate, 0.5, 0.0, 0.0
+    def coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> Sequence[Any]:
+        return (learning_rate, 0.5)[: len(self.rule.coefficients)]
 
 
 @pytest.fixture
@@ -135,23 +129,27 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return b""
 
     monkeypatch.setattr(jit, "_read", read)
-    monkeypatch.setattr(jit, "_load", lambda code: None)
+    monkeypatch.setattr(jit, "_load", lambda code, prototype: None)
     return asked
 
 
 def ask_for_pass(
-    kind: Pass = STEP, rule: RuleKey = _ADAM, dtype: str = "float32", gradient: str = "float32"
+    kind: Pass = STEP, rule: Rule = ADAM, dtype: str = "float32", gradient: str = "float32"
 ) -> Any:
-    return cpu._pass_kernel.__wrapped__(kind, rule, dtype, gradient)
+    return cpu._kernel.__wrapped__(kind, rule, dtype, gradient)
 
 
-def test_trap_1_every_specialisation_has_its_own_key(keys: list[str]) -> None:
-    toggled = [STEP._replace(**{f: not getattr(STEP, f)}) for f in Pass._fields]
-    rules = [_ADAM, _AMSGRAD, MOMENTUM, NESTEROV, DESCENT, _ADAM._replace(slots=("a", "b"))]
+def ask_for_norm(kind: Pass = NORM, dtype: str = "float32", gradient: str = "float32") -> Any:
+    return ask_for_pass(kind, NOTHING, dtype, gradient)
+
+
+def test_every_specialisation_has_its_own_key(keys: list[str]) -> None:
+    toggled = [STEP._replace(**{f: not getattr(STEP, f)}) for f in FLAGS]
+    toggled += [NORM, STEP._replace(measured=("change",)), STEP._replace(measured=("gradient",))]
+    rules = [ADAM, AMSGRAD, MOMENTUM, NESTEROV, DESCENT, ADAM._replace(slots=("a", "b"))]
     for kind, dtype, gradient in product([STEP, *toggled, EVERYTHING], FLOATS, FLOATS):
         for rule in rules:
             ask_for_pass(kind, rule, dtype, gradient)
-        cpu._squares_kernel.__wrapped__(kind, gradient, dtype)
     ndarrays._kernel.__wrapped__()
     assert len(set(keys)) == len(keys) > 1000
     ask_for_pass()
@@ -159,7 +157,7 @@ def test_trap_1_every_specialisation_has_its_own_key(keys: list[str]) -> None:
 
 
 @pytest.mark.parametrize("module", [jit.__name__, cpu.__name__, "omniadam.rule", __name__])
-def test_trap_1_an_edited_source_has_another_key(
+def test_an_edited_source_has_another_key(
     module: str, keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = jit.source_of
@@ -171,7 +169,7 @@ def test_trap_1_an_edited_source_has_another_key(
     assert keys[0] != keys[1]
 
 
-def test_trap_1_another_compiler_or_processor_has_another_key(
+def test_another_compiler_or_processor_has_another_key(
     keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = jit._environment()
@@ -183,7 +181,7 @@ def test_trap_1_another_compiler_or_processor_has_another_key(
     assert len(set(keys)) == len(real) + 1
 
 
-def test_trap_1_across_processes(tmp_path: Path) -> None:
+def test_kernels_are_shared_across_processes(tmp_path: Path) -> None:
     """The second process takes both kernels from the disk, in the other order."""
     code = """
         import json, sys
@@ -210,7 +208,7 @@ def test_trap_1_across_processes(tmp_path: Path) -> None:
         (NESTEROV, {"clipvalue": 2.0, "weight_decay": 0.5, "use_ema": True, "ema_momentum": 0.5}),
     ],
 )
-def test_a_second_rule(rule: RuleKey, settings: dict[str, Any], kernel: str) -> None:
+def test_a_second_rule(rule: Rule, settings: dict[str, Any], kernel: str) -> None:
     rng = np.random.default_rng(0)
     w = rng.integers(-8, 8, (5, 13)).astype(np.float32)  # small enough for exact arithmetic
     want: Array = w.astype(float)
@@ -234,11 +232,11 @@ def test_a_second_rule(rule: RuleKey, settings: dict[str, Any], kernel: str) -> 
         np.testing.assert_array_equal(state["variable_average"], average)
 
 
-def test_trap_1_a_rule_that_captures_something_is_refused() -> None:
+def test_a_rule_that_captures_something_is_refused() -> None:
     """Its name, its source and its settings would not tell it from another."""
 
-    def rule_of(power: int) -> RuleKey:
-        return RuleKey(lambda sqrt, maximum: lambda w, g, slots, c: (w - g**power, ()), ())
+    def rule_of(power: int) -> Rule:
+        return Rule(lambda functions: lambda w, g, slots, c: (w - g**power, ()), (), ())
 
     w = np.ones(3, np.float32)
     with pytest.raises(ValueError, match="top level of a module"):
@@ -246,12 +244,12 @@ def test_trap_1_a_rule_that_captures_something_is_refused() -> None:
     assert w.tolist() == [1, 1, 1]
 
 
-def test_trap_1_a_rule_without_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_without_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("typed_in")
-    exec("def make(sqrt, maximum):\n return lambda w, g, slots, c: (w, ())", module.__dict__)
+    exec("def make(functions):\n return lambda w, g, slots, c: (w, ())", module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ValueError, match="'typed_in', which has none"):
-        ask_for_pass(rule=RuleKey(module.make, ()))
+        ask_for_pass(rule=Rule(module.make, (), ()))
 
 
 # --- The cache of machine code --------------------------------------------------------------------
@@ -396,7 +394,7 @@ def test_cache_read_while_it_is_written(folder: Path) -> None:
     assert [each.name for each in folder.iterdir()] == ["key"]
 
 
-# --- Trap 2: what the compiler made of it ---------------------------------------------------------
+# --- What the compiler made of it ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -430,10 +428,10 @@ DOUBLE = r"= f(add|sub|mul|div|neg|cmp)\b.*\bdouble\b"
 VECTOR = r"= f(add|sub|mul|div) .*<\d+ x {}>"
 
 
-@pytest.mark.parametrize(("kind", "rule"), [(STEP, _ADAM), (EVERYTHING, _AMSGRAD)])
+@pytest.mark.parametrize(("kind", "rule"), [(STEP, ADAM), (EVERYTHING, AMSGRAD)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_trap_2_no_double_arithmetic_on_float32(
-    kind: Pass, rule: RuleKey, dtype: str, llvm_of: Callable[..., str]
+def test_no_double_arithmetic_on_float32(
+    kind: Pass, rule: Rule, dtype: str, llvm_of: Callable[..., str]
 ) -> None:
     text = llvm_of(lambda: ask_for_pass(kind, rule, dtype, dtype))
     assert not re.findall(r"= fpext .* to (?:<\d+ x )?double", text)
@@ -443,26 +441,26 @@ def test_trap_2_no_double_arithmetic_on_float32(
     assert re.findall(r"<\d+ x float> @llvm\.sqrt", text), "not vectorised"
 
 
-def test_trap_2_double_arithmetic_on_float64_is_found_and_vectorised(
+def test_double_arithmetic_on_float64_is_found_and_vectorised(
     llvm_of: Callable[..., str],
 ) -> None:
-    text = llvm_of(lambda: ask_for_pass(STEP, _ADAM, "float64", "float64"))
+    text = llvm_of(lambda: ask_for_pass(STEP, ADAM, "float64", "float64"))
     assert re.findall(DOUBLE, text) and re.findall(VECTOR.format("double"), text)
 
 
 def test_norms_are_vectorised_in_double(llvm_of: Callable[..., str]) -> None:
-    text = llvm_of(lambda: cpu._squares_kernel.__wrapped__(STEP, "float32", "float32"))
+    text = llvm_of(lambda: ask_for_norm())
     assert re.findall(VECTOR.format("double"), text)
 
 
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda: ask_for_pass(EVERYTHING, _AMSGRAD),
-        lambda: cpu._squares_kernel.__wrapped__(STEP, "float32", "float32"),
+        lambda: ask_for_pass(EVERYTHING, AMSGRAD),
+        lambda: ask_for_norm(),
     ],
 )
-def test_trap_4_no_flag_assumes_nan_or_infinity_away(
+def test_no_flag_assumes_nan_or_infinity_away(
     ask: Callable[[], Any], llvm_of: Callable[..., str]
 ) -> None:
     flags = {
@@ -472,7 +470,7 @@ def test_trap_4_no_flag_assumes_nan_or_infinity_away(
     assert not flags & {"fast", "nnan", "ninf", "afn"}
 
 
-# --- Traps 3 and 4: NaN and infinity --------------------------------------------------------------
+# --- NaN and infinity -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -693,8 +691,8 @@ def test_step_waits_for_the_helper_that_is_in_its_last_chunk(
 @pytest.mark.parametrize(
     "kernel_of",
     [
-        lambda: ask_for_pass(EVERYTHING, _AMSGRAD),
-        lambda: cpu._squares_kernel.__wrapped__(EVERYTHING, "float32", "float32"),
+        lambda: ask_for_pass(EVERYTHING, AMSGRAD),
+        lambda: ask_for_norm(NORM._replace(accumulated=True, scaled=True)),
     ],
 )
 def test_late_helper_touches_nothing_but_its_job(kernel_of: Callable[[], jit.Kernel]) -> None:
@@ -702,7 +700,7 @@ def test_late_helper_touches_nothing_but_its_job(kernel_of: Callable[[], jit.Ker
     count = 3
     job = array("q", [0] * cpu._WORDS)
     made_up = (ctypes.c_double * 16)(*[7.0] * 16)
-    for word in (cpu._ADDRESSES, cpu._CHUNKS, cpu._FACTORS, cpu._RULE, cpu._PASS, cpu._PARTIALS):
+    for word in (cpu._ADDRESSES, cpu._CHUNKS, cpu._FACTORS, cpu._COEFFICIENTS, cpu._PARTIALS):
         job[word] = ctypes.addressof(made_up)
     job[cpu._COUNT] = job[cpu._NEXT] = job[cpu._DONE] = count
     address, _ = job.buffer_info()
@@ -760,7 +758,7 @@ def test_no_temporary_of_a_parameters_size(name: str, kernel: str) -> None:
 # --- Half precision -------------------------------------------------------------------------------
 
 
-def make_gradient_the_variable(sqrt: Any, maximum: Any) -> Rule:
+def make_gradient_the_variable(functions: Any) -> Any:
     return lambda w, g, slots, c: (g, ())
 
 
@@ -769,14 +767,14 @@ def converted(values: Array, source: str, target: str) -> Array:
     stored = np.empty(values.shape, cpu.STORAGE[target])
     sweep = Sweep(
         STEP,
-        RuleKey(make_gradient_the_variable, ()),
+        Rule(make_gradient_the_variable, (), ()),
         target,
         source,
         [[stored.ctypes.data, 0, 0]],
         [values.size],
     )
     nothing = array("d", [0.0] * 8)
-    sweep.run(array("q", [values.ctypes.data]), nothing, nothing, nothing)
+    sweep.run(array("q", [values.ctypes.data]), nothing, nothing)
     return stored
 
 

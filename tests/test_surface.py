@@ -22,7 +22,7 @@ from omniadam import Adam, AdamW, IndexedSlices, Optimizer
 
 # --- Signatures ----------------------------------------------------------------------------------
 
-# The line of the documentation (seed 004), to the letter.
+# The line of the documentation of TensorFlow's tf.keras.optimizers.Adam, to the letter.
 DOCUMENTED = (
     "(learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-07, amsgrad=False, "
     "weight_decay=None, clipnorm=None, clipvalue=None, global_clipnorm=None, use_ema=False, "

@@ -25,6 +25,8 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+from tensorflow.python.ops import control_flow_util as xla_contexts  # noqa: E402
+
 import omniadam  # noqa: E402
 from cases import (  # noqa: E402
     BEYOND_KERAS,
@@ -41,7 +43,7 @@ from cases import (  # noqa: E402
     with_missing,
 )
 from omniadam import Adam, AdamW, IndexedSlices, Optimizer, schedules  # noqa: E402
-from omniadam.backends import tensorflow as backend  # noqa: E402
+from omniadam.fast import tensorflow as fast  # noqa: E402
 from reference import Array  # noqa: E402
 
 EVERYTHING = list(CASES)[-1]  # the case with all settings at once
@@ -55,9 +57,9 @@ cached_gradients = cache(gradients)
 @pytest.fixture(autouse=True)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     chosen = str(getattr(request, "param", "graph"))
-    monkeypatch.setattr(backend.TensorFlow, "jit_compile", chosen != "graph")
+    monkeypatch.setattr(fast.FastTensorFlow, "jit_compile", chosen != "graph")
     if chosen == "parts":
-        monkeypatch.setattr(backend, "_PART", 8)
+        monkeypatch.setattr(fast, "PART", 8)
     return chosen
 
 
@@ -111,7 +113,7 @@ def assert_unchanged(before: list[Array], opt: Adam, params: list[Any]) -> None:
 
 
 def programs(opt: Adam) -> list[Any]:
-    kept = [s.prepared.get("programs", {}).values() for s in opt._selections.values()]
+    kept = [s.prepared.programs.values() for s in opt._selections.values() if s.prepared]
     return [program for each in kept for program in each]
 
 
@@ -1001,10 +1003,10 @@ def test_a_step_like_the_last_compiles_nothing() -> None:
         opt.apply([tf.constant([float(i), 1.0])], [w])
     (program,) = programs(opt)
     assert program._compiled.function.experimental_get_tracing_count() == 1
-    known = opt._backend.recognise(opt._recent, [tf.ones(2)], [w])
-    assert known is not None
-    assert opt._backend.recognise(opt._recent, [tf.ones(2, tf.float64)], [w]) is None
-    assert opt._backend.recognise(opt._recent, [tf.ones(2)], [tf.Variable([1.0, 2.0])]) is None
+    recognised = opt._state.backend.recognise
+    assert recognised(opt._recent, [tf.ones(2)], [w]) is not None
+    assert recognised(opt._recent, [tf.ones(2, tf.float64)], [w]) is None
+    assert recognised(opt._recent, [tf.ones(2)], [tf.Variable([1.0, 2.0])]) is None
 
 
 def test_an_optimizer_lets_go_of_gradients() -> None:
@@ -1021,7 +1023,7 @@ def test_an_optimizer_lets_go_of_gradients() -> None:
     for version in range(12):
         opt.weight_decay = 0.01 * version
         opt.apply([tf.ones(2)], many[:1])
-    assert len(programs(opt)) <= backend._KEPT
+    assert len(programs(opt)) <= fast._KEPT
 
 
 # --- Rates and hyperparameters -------------------------------------------------------------------
@@ -1563,13 +1565,37 @@ def test_where_xla_cannot_compile(mode: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_private_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, opt = tf.Variable([1.0, 2.0]), Adam(0.1)
+    """Or mean something else; it is found out once, where it is used first."""
     function = tf.function(lambda x: [x * 2], input_signature=[tf.TensorSpec([2])])
-    concrete = function.get_concrete_function()
-    monkeypatch.setattr(type(concrete), "_inference_function", None, raising=False)
-    assert backend._caller(concrete)([tf.ones(2)])[0].numpy().tolist() == [2.0, 2.0]
-    monkeypatch.undo()
-    opt.apply([tf.ones(2)], [w])
+    concrete, eager = function.get_concrete_function(), type(tf.ones(2))
+    looks = fast.is_called_flat, fast.looks_of_tensors, fast.look_for_xla
+    results = []
+    for is_private in True, False:
+        for look in looks:
+            look.cache_clear()
+        if not is_private:
+            kind = type(concrete._inference_function)
+            monkeypatch.setattr(kind, "call_flat", lambda self, *tensors: list(tensors))
+            monkeypatch.setattr(xla_contexts, "GraphOrParentsInXlaContext", lambda graph: False)
+            monkeypatch.setattr(tf, "zeros", lambda *args: WithoutPrivateNames())
+        public = fast.is_called_flat(), fast.looks_of_tensors()[0], fast.look_for_xla()
+        monkeypatch.undo()
+        assert (public[0], public[1] is eager._shape_tuple) == (is_private, is_private)
+        assert (public[2] is not None) == is_private
+        assert fast.caller(concrete)([tf.ones(2)])[0].numpy().tolist() == [2.0, 2.0]
+        w, opt = tf.Variable(tf.ones(1000)), Adam(0.1, clipnorm=1.0)
+        for _ in range(2):
+            opt.apply([tf.fill([1000], 0.5)], [w])
+        tf.function(lambda opt=opt, w=w: opt.apply([tf.fill([1000], 1e-30)], [w]))()
+        results.append(snapshot(opt, [w]))
+    for look in looks:
+        look.cache_clear()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+class WithoutPrivateNames:
+    """No eager tensor."""
 
 
 def test_only_tensorflow_is_imported(tmp_path: Path) -> None:

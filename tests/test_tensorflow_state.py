@@ -18,6 +18,7 @@ tf = pytest.importorskip("tensorflow")
 from omniadam import Adam, schedules  # noqa: E402
 from omniadam.backends import tensorflow as backend  # noqa: E402
 from omniadam.compat import contrib_keras, optimizer_v2  # noqa: E402
+from omniadam.fast import tensorflow as fast  # noqa: E402
 
 v1 = tf.compat.v1
 G = np.array([1.0, -1.0, 1.0], np.float32)
@@ -26,7 +27,7 @@ G = np.array([1.0, -1.0, 1.0], np.float32)
 @pytest.fixture(autouse=True)
 def without_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes a second for each program."""
-    monkeypatch.setattr(backend.TensorFlow, "jit_compile", False)
+    monkeypatch.setattr(fast.FastTensorFlow, "jit_compile", False)
 
 
 # --- constraints ---
@@ -428,9 +429,9 @@ def test_norms_neither_overflow_nor_underflow(size: float, clip: str, place: str
 def test_a_large_norm(form: str, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {clip: 1.0}
     if form in ("xla", "parts"):
-        monkeypatch.setattr(backend.TensorFlow, "jit_compile", True)
+        monkeypatch.setattr(fast.FastTensorFlow, "jit_compile", True)
     if form == "parts":
-        monkeypatch.setattr(backend, "_PART", 8)
+        monkeypatch.setattr(fast, "PART", 8)
     if form == "accumulated":
         settings["gradient_accumulation_steps"] = 2
     dtype = "bfloat16" if form == "bfloat16" else "float32"
@@ -504,9 +505,9 @@ def test_a_setting_that_changes_at_each_step(name: str, monkeypatch: pytest.Monk
     """Is an argument of what is compiled, once it has changed."""
     compiled = []
     monkeypatch.setattr(
-        backend.Program,
+        fast.TensorFlowStep,
         "_compile",
-        lambda self, *, compile=backend.Program._compile, **given: (
+        lambda self, *, compile=fast.TensorFlowStep._compile, **given: (
             compiled.append(given),
             compile(self, **given),
         )[1],
@@ -527,13 +528,13 @@ def test_a_setting_that_changes_at_each_step(name: str, monkeypatch: pytest.Monk
 def test_many_sets_of_variables_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     ws, opt = [tf.Variable(tf.ones(1)) for _ in range(40)], Adam(0.1)
     opt.build(ws)
-    compile, compiled = backend.Program._compile, []
+    compile, compiled = fast.TensorFlowStep._compile, []
 
     def noted(self: Any, **given: Any) -> Any:
         compiled.append(self)
         return compile(self, **given)
 
-    monkeypatch.setattr(backend.Program, "_compile", noted)
+    monkeypatch.setattr(fast.TensorFlowStep, "_compile", noted)
     for _ in range(2):
         for w in ws:
             opt.apply([tf.ones(1)], [w])

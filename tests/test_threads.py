@@ -220,7 +220,7 @@ def test_state_that_is_read_or_set_while_another_thread_makes_steps() -> None:
     thread.start()
     read = []
     for i in range(20):
-        read.append([*opt.get_weights(), *opt.__getstate__()["_restored"].state.values()])
+        read.append([*opt.get_weights(), *opt.__getstate__()["_state"].restored.state.values()])
         if i % 2:
             opt.set_weights(state)
     is_over = True
@@ -308,10 +308,10 @@ def test_every_step_with_a_constraint_is_made_and_counted(
         opt.build([variable])
         return opt, variable
 
-    g = tf.constant([1.0, -1.0])
+    g, steps = tf.constant([1.0, -1.0]), 3 if storing_is_slow else STEPS
     (opt, variable), (alone, theirs) = problem_with_a_constraint(), problem_with_a_constraint()
-    in_threads(lambda _: [opt.apply_gradients([(g, variable)]) for _ in range(STEPS)])
-    for _ in range(THREADS * STEPS):
+    in_threads(lambda _: [opt.apply_gradients([(g, variable)]) for _ in range(steps)])
+    for _ in range(THREADS * steps):
         alone.apply_gradients([(g, theirs)])
     for x, y in zip(opt.get_weights(), alone.get_weights(), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -43,6 +43,7 @@ from cases import (  # noqa: E402
 )
 from omniadam import Adam, AdamW, Optimizer, schedules  # noqa: E402
 from omniadam.backends import torch as backend  # noqa: E402
+from omniadam.fast import torch as fast  # noqa: E402
 from omniadam.kernels import cpu  # noqa: E402
 from reference import Array  # noqa: E402
 
@@ -145,7 +146,7 @@ def test_every_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(one, other)
     for one, other in zip(ours.get_weights(), numpys.get_weights(), strict=True):
         assert_same(one, other)
-    assert (type(ours._backend), type(elsewhere._backend)) == (
+    assert (type(ours._state.backend), type(elsewhere._state.backend)) == (
         backend.TorchMemory,
         backend.TorchDevice,
     )
@@ -669,7 +670,7 @@ def test_a_variable_that_moves(
 ) -> None:
     """The step follows, slots stay, and nothing is written where it lay."""
     if comparison == "plain":
-        monkeypatch.setattr(backend, "_is_compiled_comparison_right", lambda: False)
+        monkeypatch.setattr(fast, "_is_compiled_comparison_right", lambda: False)
     settings: dict[str, Any] = {} if name == "defaults" else {"use_ema": True}
     opt, params, grads = optimized(**settings)
     other, want, _ = optimized(**settings)
@@ -805,7 +806,7 @@ def test_a_gradient_unlike_the_last_one(
     kind: str, comparison: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if comparison == "plain":
-        monkeypatch.setattr(backend, "_is_compiled_comparison_right", lambda: False)
+        monkeypatch.setattr(fast, "_is_compiled_comparison_right", lambda: False)
     torch.manual_seed(0)
     start, g = torch.randn(2, 8), torch.randn(2, 8)
     ws = [nn.Parameter(start.clone()) for _ in range(2)]
@@ -829,17 +830,17 @@ def test_a_gradient_unlike_the_last_one(
 
 def test_the_comparison_that_is_compiled_is_right() -> None:
     """This version of torch has it; both tell every kind apart, and the test of that can fail."""
-    assert backend._is_compiled_comparison_right()
-    assert backend._tells_apart(backend._compiled_comparison)
-    assert backend._tells_apart(backend._plain_comparison)
-    assert not backend._tells_apart(lambda tensors: lambda *given: True)
-    assert not backend._tells_apart(lambda tensors: lambda *given: False)
+    assert fast._is_compiled_comparison_right()
+    assert fast._tells_apart(fast._compiled_comparison)
+    assert fast._tells_apart(fast._plain_comparison)
+    assert not fast._tells_apart(lambda tensors: lambda *given: True)
+    assert not fast._tells_apart(lambda tensors: lambda *given: False)
 
 
 def recognises(opt: Adam, grads: list[Tensor], params: list[Tensor]) -> bool:
     """Whether a glance is enough for this step."""
-    assert opt._backend is not None and opt._recent is not None
-    return opt._backend.recognise(opt._recent, grads, params) is not None
+    assert opt._state.backend is not None and opt._recent is not None
+    return opt._state.backend.recognise(opt._recent, grads, params) is not None
 
 
 @pytest.mark.parametrize("missing", [AttributeError, TypeError])
@@ -849,14 +850,14 @@ def test_a_torch_without_that_comparison(
     def compare(tensors: Any) -> Any:
         raise missing
 
-    monkeypatch.setattr(backend, "_compiled_comparison", compare)
-    backend._is_compiled_comparison_right.cache_clear()
+    monkeypatch.setattr(fast, "_compiled_comparison", compare)
+    fast._is_compiled_comparison_right.cache_clear()
     try:
-        assert not backend._is_compiled_comparison_right()
+        assert not fast._is_compiled_comparison_right()
         opt, params, grads = optimized()
         assert recognises(opt, grads(), params)
     finally:
-        backend._is_compiled_comparison_right.cache_clear()
+        fast._is_compiled_comparison_right.cache_clear()
 
 
 def test_a_step_like_the_last_is_recognised() -> None:
@@ -1233,7 +1234,7 @@ def test_update_step_of_adam(place: str) -> None:
             loss.backward()
         other.build([want])
         other.update_step(torch.ones(5, 4), want, 0.1)
-        prepared.append([len(s.prepared) for s in opt._selections.values()])
+        prepared.append([len(s.prepared.plans) for s in opt._selections.values() if s.prepared])
     assert_same(w, want)
     assert opt.iterations == 0 and prepared[1:] == prepared[:-1]
 
@@ -1635,7 +1636,7 @@ def test_devices_that_cannot_be_read(name: str, devices: tuple[str, ...], fakes:
             for i, dtype in enumerate([torch.float32, torch.bfloat16, torch.float64] * 2)
         ]
         opt = build(CASES[name], params)
-        assert type(opt._backend) is backend.TorchDevice
+        assert type(opt._state.backend) is backend.TorchDevice
         for step in range(7):
             chosen = params[step % 3 == 2 :]
             opt.apply([torch.ones_like(p) for p in chosen], chosen)

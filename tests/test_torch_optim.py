@@ -47,6 +47,7 @@ from cases import (  # noqa: E402
     variables,
 )
 from omniadam.backends import torch as backend  # noqa: E402
+from omniadam.fast import torch as fast  # noqa: E402
 from omniadam.kernels import cpu  # noqa: E402
 from omniadam.torch import Adam, AdamW  # noqa: E402
 from reference import Array, Gradient, Reference  # noqa: E402
@@ -1983,8 +1984,8 @@ def test_hooks_are_called_once_if_torch_wraps_every_step(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"])
 def test_hooks_are_called_if_they_are_not_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {k: v for k, v in vars(omniadam.torch.optimizer).items() if k != name}
-    monkeypatch.setattr(omniadam.torch, "optimizer", SimpleNamespace(**known))
+    known = {k: v for k, v in vars(fast.optimizer).items() if k != name}
+    monkeypatch.setattr(fast, "optimizer", SimpleNamespace(**known))
     seen: list[str] = []
     params = weights()
     opt = Adam(params)

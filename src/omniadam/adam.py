@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar, Self
 
 from . import options
 from .optimizer import Optimizer
 from .options import Option
-from .rule import RuleKey, adam_coefficients_by, make_adam, memory
+from .rule import AdamCoefficients, Rule, adam_coefficients_by, make_adam, memory
 
 
 class Adam(Optimizer):
@@ -34,9 +33,22 @@ class Adam(Optimizer):
         epsilon: a number >= 0 or a callable; "epsilon hat" of the paper, in the formula just
             before its Section 2.1. PyTorch and optax use the epsilon of Algorithm 1 instead.
         amsgrad: whether to divide by the largest velocity so far (Reddi et al. 2018).
-        weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-            ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name: see
-            `Optimizer`.
+        weight_decay: number >= 0, or None. Decoupled: w <- w - w * weight_decay * learning_rate
+            before the update.
+        clipnorm: number > 0, or None. The gradient of each variable is scaled down to have at
+            most this Euclidean norm.
+        clipvalue: number > 0, or None. Each element of a gradient is clipped to +- this value.
+        global_clipnorm: number > 0, or None. All gradients are scaled down together so that the
+            norm over all of them is at most this.
+        use_ema: whether to keep an exponential moving average of each variable.
+        ema_momentum: 0 <= number <= 1; average <- momentum * average + (1 - momentum) * w.
+        ema_overwrite_frequency: integer >= 1, or None: every so many `iterations` the variables
+            are overwritten by their averages. With None, `finalize_variable_values` does it.
+        loss_scale_factor: number > 0, or None. `scale_loss` multiplies by it, and gradients are
+            divided by it.
+        gradient_accumulation_steps: integer >= 2, or None. Variables change on every n-th call
+            only, by the mean of the gradients of n calls.
+        name: name of the optimizer.
 
     Raises:
         ValueError: if a setting is out of its range, or more than one clip is set.
@@ -54,9 +66,9 @@ class Adam(Optimizer):
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
     """
 
-    beta_1 = Option(options.or_callable(options.decay_rate))
-    beta_2 = Option(options.or_callable(options.decay_rate))
-    epsilon = Option(options.or_callable(options.small_constant))
+    beta_1 = Option(options.decay_rate, or_callable=True)
+    beta_2 = Option(options.decay_rate, or_callable=True)
+    epsilon = Option(options.small_constant, or_callable=True)
     amsgrad = Option(options.boolean, structural=True)
 
     _option_names: ClassVar[tuple[str, ...]] = (
@@ -66,6 +78,7 @@ class Adam(Optimizer):
         "epsilon",
         "amsgrad",
     )
+    hyperparameters = ("beta_1", "beta_2", "epsilon")
     # Whether epsilon is the paper's "epsilon hat"; the drop-ins for PyTorch and optax say no.
     _epsilon_hat: ClassVar[bool] = True
 
@@ -104,49 +117,31 @@ class Adam(Optimizer):
         self.amsgrad = amsgrad
 
     @property
-    def _rule(self) -> RuleKey:
-        return _AMSGRAD if self.amsgrad else _ADAM
+    def rule(self) -> Rule:
+        """Adam's, or AMSGrad's."""
+        return AMSGRAD if self.amsgrad else ADAM
 
-    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> Rule:
         beta_1, beta_2, _ = hyperparameters
-        return by_memory(self._rule, beta_1 < 0.5, beta_2 < 0.5)
+        return by_memory(self.rule, beta_1 < 0.5, beta_2 < 0.5)
 
-    @property
-    def _is_fused(self) -> bool:
-        return type(self).update_step is Adam.update_step
-
-    def _hyperparameters(self) -> tuple[float, ...]:
+    def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
+        """Of each beta its `rule.memory`, and epsilon."""
+        beta_1, beta_2, epsilon = hyperparameters
+        short = dict(self._rule_of(hyperparameters).settings)
         return (
-            _present("beta_1", self.beta_1, options.decay_rate),
-            _present("beta_2", self.beta_2, options.decay_rate),
-            _present("epsilon", self.epsilon, options.small_constant),
+            *memory(functions, beta_1, "short_1" in short),
+            *memory(functions, beta_2, "short_2" in short),
+            epsilon,
         )
 
-    def _numbers(
-        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        beta_1, beta_2, epsilon = hyperparameters
-        short_1, short_2 = ((name, True) in rule.settings for name in _SHORT)
-        memories = memory(functions, beta_1, short_1), memory(functions, beta_2, short_2)
-        return (*memories[0], *memories[1], epsilon)
-
-    def _coefficients(
-        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
-    ) -> Sequence[Any]:
+    def coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> AdamCoefficients:
+        """`rule.adam_coefficients_by` of these numbers."""
         return adam_coefficients_by(
             functions, learning_rate, t, *numbers, epsilon_hat=self._epsilon_hat
         )
-
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """The Adam update of one variable, as step `iterations` + 1: nothing is clipped, decayed,
-        averaged or counted.
-
-        Args:
-            gradient: of the variable's shape.
-            variable: one of those the optimizer was built with.
-            learning_rate: a number.
-        """
-        self._update_one(gradient, variable, learning_rate)
 
 
 class AdamW(Adam):
@@ -219,22 +214,13 @@ class AdamW(Adam):
 
 
 _SLOTS = ("momentum", "velocity")
-_ADAM = RuleKey(make_adam, _SLOTS, (("amsgrad", False),))
-_AMSGRAD = RuleKey(make_adam, (*_SLOTS, "velocity_hat"), (("amsgrad", True),))
-_SHORT = ("short_1", "short_2")
+_NAMES = AdamCoefficients._fields
+ADAM = Rule(make_adam, _SLOTS, _NAMES, (("amsgrad", False),))
+AMSGRAD = Rule(make_adam, (*_SLOTS, "velocity_hat"), _NAMES, (("amsgrad", True),))
 
 
-def by_memory(rule: RuleKey, short_1: bool, short_2: bool) -> RuleKey:
+def by_memory(rule: Rule, short_1: bool, short_2: bool) -> Rule:
     """Adam's rule for betas that are, or are not, below one half: see `make_adam`."""
-    return _by_memory(rule, short_1, short_2) if short_1 or short_2 else rule
-
-
-@cache  # what was compiled for a rule is found by its identity
-def _by_memory(rule: RuleKey, *short: bool) -> RuleKey:
-    chosen = (each for each in zip(_SHORT, short, strict=True) if each[1])
-    return rule._replace(settings=(*rule.settings, *chosen))
-
-
-def _present(name: str, value: Any, check: options.Check) -> Any:
-    """A setting's value at this step: what a callable returns is checked as a number would be."""
-    return check(name, value()) if callable(value) else value
+    short = {"short_1": short_1, "short_2": short_2}
+    chosen = [(name, True) for name, is_short in short.items() if is_short]
+    return rule._replace(settings=(*rule.settings, *chosen)) if chosen else rule

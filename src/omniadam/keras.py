@@ -423,19 +423,19 @@ class _Engine(adam.Adam):
 
     def adopt(self, backend: Any, entries: list[Entry]) -> None:
         """Take over the state that Keras has created for these variables."""
-        self._backend, self._entries = backend, tuple(entries)
+        self._state.backend, self._state.entries = backend, tuple(entries)
         for variable in self._owner._variables:
             settle(variable)
         count = self._owner._iterations
-        self._iteration = count if backend.holder is None else backend.holder(count)
-        self._locate(self._entries)
+        self._state.iteration = count if backend.holder is None else backend.holder(count)
+        self._locate(self._state.entries)
         if backend.holder is not None:
             backend.prefer_kernels([entry.variable for entry in entries])
         self.built = True
 
     def _locate(self, entries: Sequence[Entry]) -> None:
         """Note where the values of variables and slots are."""
-        owner, backend = self._owner, self._backend
+        owner, backend = self._owner, self._state.backend
         assert isinstance(backend, KerasVariables)
         slots = [owner._momentums, owner._velocities]
         if owner.amsgrad:
@@ -465,11 +465,11 @@ class _Engine(adam.Adam):
             )
         self._reread()
         self._apply(grads, variables)
-        assert self._backend is not None
-        self._backend.check_run()
+        assert self._state.backend is not None
+        self._state.backend.check_run()
 
     def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
-        backend = self._backend
+        backend = self._state.backend
         assert backend is not None
         entries = [self._entry(variable) for variable in variables]
         if len(set(map(id, entries))) != len(entries):
@@ -477,7 +477,7 @@ class _Engine(adam.Adam):
         if _IN_PLACE and self._here.is_stateless:
             return self._examined_by_itself(grads, variables)
         if _IN_PLACE:
-            self._relocate(self._entries)
+            self._relocate(self._state.entries)
         present, gradients = self._present(backend, entries, grads, depth=6)
         selection = self._selection(present)
         is_replaced = any(entry.replaced for entry in present)
@@ -490,9 +490,9 @@ class _Engine(adam.Adam):
 
     def _examined_by_itself(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
         """The same with entries of this call's own: those of others are elsewhere meanwhile."""
-        backend = self._backend
+        backend = self._state.backend
         assert backend is not None
-        own = [replace(entry) for entry in self._entries]
+        own = [replace(entry) for entry in self._state.entries]
         self._relocate(own)
         entries = [own[self._get_variable_index(variable)] for variable in variables]
         present, gradients = self._present(backend, entries, grads, depth=7)
@@ -512,26 +512,26 @@ class _Engine(adam.Adam):
 
     def _relocate(self, entries: Sequence[Entry]) -> None:
         """Find values where they are now: assigned anew on NumPy, or given by a StatelessScope."""
-        assert self._backend is not None
+        assert self._state.backend is not None
         self._locate(entries)
-        self._backend.check_built(entries)
+        self._state.backend.check_built(entries)
 
     def update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Keras's `update_step`."""
         self._entry(variable)
         self._reread()
         if _IN_PLACE:
-            self._relocate(self._entries)
-        self._update_one(gradient, variable, learning_rate)
+            self._relocate(self._state.entries)
+        self.update_step(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """As in `Optimizer`."""
         if not var_list:
             return
         if _IN_PLACE and self.built:
-            self._relocate(self._entries)
+            self._relocate(self._state.entries)
         super().finalize_variable_values(var_list)
-        if getattr(self._backend, "holder", None) is not None:
+        if getattr(self._state.backend, "holder", None) is not None:
             # An array that were a variable's and its average's could not be donated for both.
             for variable in var_list:
                 variable.assign(keras.ops.copy(variable))

@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import options, versions
-from .backends.jax import Arrays, Scalars
+from .backends.jax import Arrays, TracedNumbers
 from .rule import adam_coefficients, make_adam, optax_coefficients
 
 __all__ = ["adam", "adamw", "scale_by_adam", "step"]
@@ -188,8 +188,7 @@ def scale_by_adam(
     short = {f"short_{i}": isinstance(b, float) and b < 0.5 for i, b in ((1, b1), (2, b2))}
     is_rooted = eps_root != 0.0 if isinstance(eps_root, float) else True
     rule = make_adam(
-        Arrays.sqrt,
-        Arrays.maximum,
+        Arrays,
         amsgrad=False,
         nesterov=nesterov,
         rooted=is_rooted,
@@ -209,10 +208,12 @@ def scale_by_adam(
     ) -> tuple[Any, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
         t = jnp.asarray(count, float)
-        coefficients = (
-            *adam_coefficients(Scalars, -1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short),
-            *optax_coefficients(Scalars, t, b1, b2, eps_root, epsilon_hat=epsilon_hat),
+        coefficients: tuple[Any, ...] = adam_coefficients(
+            TracedNumbers, -1.0, t, b1, b2, eps, epsilon_hat=epsilon_hat, **short
         )
+        if nesterov or is_rooted:
+            more = optax_coefficients(TracedNumbers, t, b1, b2, eps_root, epsilon_hat=epsilon_hat)
+            coefficients = (*coefficients, *more)
         # By path, as a model may have leaves here that have no gradient.
         given = dict(jax.tree.leaves_with_path(params))
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import isfunction
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import options, schedules
 from .backends import Backend, backend_of, introduce, supported
-from .backends.base import Entry, Latest, Selection, received
+from .backends.base import Entry, Group, Latest, Selection, Stateless, received
 from .options import Option
-from .rule import Pass, PassCoefficients, RuleKey, clip_factor, clip_factor_global
+from .rule import NOTHING, Pass, PassCoefficients, Rule, clip_factor_global
+from .state import State, initial, names_of
+from .step import NormClip, Passes, Step, StepSettings, checked, known, passes_of
 
 Array = npt.NDArray[Any]
 
@@ -29,9 +33,9 @@ class _Base:
 class Optimizer(_Base):
     """Base class of optimizers: everything but the arithmetic of one rule.
 
-    A subclass gives its arithmetic in one of two ways. `Adam` gives a `_rule`, which is compiled
-    and fused with everything else that a step does. A subclass written for Keras overrides
-    `build` and `update_step`, and runs unchanged, variable by variable.
+    A subclass gives its arithmetic in one of two ways. `Adam` has a `rule`, which is compiled and
+    fused with everything else that a step does. A subclass written for Keras overrides `build` and
+    `update_step`, and runs unchanged, variable by variable.
 
     Args:
         learning_rate: a number >= 0, a `LearningRateSchedule` (of `omniadam.schedules` or of
@@ -55,6 +59,20 @@ class Optimizer(_Base):
 
     Raises:
         ValueError: if a setting is out of its range, or more than one clip is set.
+
+    Example:
+        >>> import numpy as np
+        >>> from omniadam import Optimizer
+        >>> class Descent(Optimizer):
+        ...     def update_step(self, gradient, variable, learning_rate):
+        ...         self.assign_sub(variable, learning_rate * gradient)
+        >>> w = np.array([1.0, -2.0])
+        >>> Descent(0.1, global_clipnorm=1.0).apply_gradients([(np.array([3.0, 4.0]), w)])
+        1
+        >>> w.round(3).tolist()
+        [0.94, -2.08]
+
+    docs/rules.md has a rule that is compiled.
     """
 
     weight_decay = Option(options.weight_decay)
@@ -106,8 +124,6 @@ class Optimizer(_Base):
     _exclusive_clips: ClassVar[tuple[str, ...]] = options.CLIPS
     _value_first: ClassVar[bool] = False
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_global)
-    # Those of the state, once a state variable was added to it.
-    _names: _Names | None = None
     # Of the settings that are callables, which are called at each step.
     _called: frozenset[str] = frozenset()
 
@@ -135,23 +151,15 @@ class Optimizer(_Base):
         )
         self.built = False
         self._building = threading.RLock()
-        self._backend: Backend | None = None
-        self._entries: tuple[Entry, ...] = ()
-        self._index: dict[int, int] = {}  # id of a variable -> position of its entry
+        self._state = State()
         self._forget()
-        self._passes: tuple[Pass, Pass, Pass, Pass] | None = None
+        self._passes: Passes | None = None
         # The rule's settings of the latest step, and what was made of them.
-        self._latest: tuple[tuple[Any, ...], Fixed] | None = None
+        self._latest: tuple[tuple[Any, ...], Step] | None = None
         self._version = 0  # of what a compiled step calls
         self._excluded_variables: list[Any] = []
         self._excluded_names: tuple[str, ...] = ()
         self._excluded_exact: tuple[str, ...] = ()
-        self._restored: _Restored | None = None
-        # What to set the weights to once they exist, after `migrate`.
-        self._awaited: list[Array] | None = None
-        # The state in the order of its creation, which is the order of Keras's files.
-        self._iteration: Any = np.zeros((), np.int64)
-        self._state: list[tuple[str, Any]] = [("iteration", self._iteration)]
         options.check_clips(
             {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm},
             self._exclusive_clips,
@@ -164,8 +172,9 @@ class Optimizer(_Base):
         self.loss_scale_factor = loss_scale_factor
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.name = type(self).__name__.lower() if name is None else name
-        self._learning_rate: Any = None
+        # The learning rate, if it is no number, which is a variable of the state.
         self._schedule: Callable[[Any], Any] | None = None
+        self._rate_function: Callable[[], Any] | None = None
         self._set_learning_rate(learning_rate)
 
     def _forget(self) -> None:
@@ -195,20 +204,13 @@ class Optimizer(_Base):
     def _set_learning_rate(self, value: Any) -> None:
         self._version += 1
         self._latest = None
-        if _is_schedule(value):
-            self._schedule, self._learning_rate = value, None
-        elif callable(value):
-            self._schedule, self._learning_rate = None, value
-        else:
-            rate = options.rate("learning_rate", value)
-            self._schedule, self._learning_rate = None, self._create(np.array(rate, np.float64))
-        self._note_called("learning_rate", self._learning_rate)
-        self._state = [each for each in self._state if each[0] != "learning_rate"]
-        if self._schedule is None and not callable(self._learning_rate):
-            self._state.insert(1, ("learning_rate", self._learning_rate))
-
-    def _create(self, value: Array) -> Any:
-        return value if self._backend is None else self._backend.create(value)
+        is_schedule = _is_schedule(value)
+        is_function = callable(value) and not is_schedule
+        number = None if is_schedule or is_function else options.rate("learning_rate", value)
+        self._schedule = value if is_schedule else None
+        self._rate_function = value if is_function else None
+        self._note_called("learning_rate", self._rate_function)
+        self._state.set_rate(number)
 
     @property
     def learning_rate(self) -> Any:
@@ -219,9 +221,9 @@ class Optimizer(_Base):
         """
         if self._schedule is not None:
             return self._scheduled(self._calls())
-        if callable(self._learning_rate):
-            return self._learning_rate()
-        return self._read(self._learning_rate)
+        if self._rate_function is not None:
+            return self._rate_function()
+        return self._state.read(self._state.rate)
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
@@ -232,12 +234,10 @@ class Optimizer(_Base):
                 f"so it cannot be set to a number. Received: {value!r}. Set another schedule, or "
                 "create the optimizer with a number."
             )
-        if is_number and self._learning_rate is not None and not callable(self._learning_rate):
-            if self._backend is None:
-                rate = options.rate("learning_rate", value)
-            else:
-                rate = self._backend.rate(value)
-            self._assign(self._learning_rate, rate)
+        state = self._state
+        if is_number and state.rate is not None:
+            check = partial(options.rate, "learning_rate")
+            state.assign(state.rate, (state.backend.rate if state.backend else check)(value))
         else:
             self._set_learning_rate(value)
 
@@ -257,41 +257,61 @@ class Optimizer(_Base):
         return self._calls() // n if n else self._calls()
 
     def _calls(self) -> Any:
-        return self._read(self._iteration)
-
-    def _read(self, scalar: Any) -> Any:
-        # A counter may be of a library before that is known to be the variables'.
-        return _host(scalar).item() if self._backend is None else self._backend.value(scalar)
-
-    def _array(self, variable: Any) -> Any:
-        return variable if self._backend is None else self._backend.array(variable)
-
-    def _assign(self, variable: Any, value: Any) -> None:
-        backend = self._backend
-        if backend is None:
-            kind = backend_of(variable)
-            assert kind is not None
-            backend = kind.over([variable])
-        backend.assign(variable, value)
+        return self._state.read(self._state.iteration)
 
     # --- building ---
 
     @property
-    def _rule(self) -> RuleKey | None:
-        """The rule that is fused into the step; None if `update_step` is the rule."""
+    def rule(self) -> Rule | None:
+        """The update rule, which is compiled and fused with all else that a step does; None if
+        `update_step` is the rule. A subclass sets it: a `Rule`, or a property.
+        """
         return None
 
-    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
-        """The rule of a step with these values of its settings; of a few, always the same object.
+    # The settings that the rule's coefficients are computed from: names of attributes that hold a
+    # number, or a callable without arguments that returns it at each step.
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
 
-        It has the slots of `_rule`.
+    def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
+        """What `coefficients` needs of the hyperparameters, in double precision.
+
+        A step of JAX computes in single precision, in which 1 - 0.999 has four digits: what loses
+        digits is computed here, on the host.
+
+        Args:
+            functions: `sqrt`, `expm1`, `log`, `maximum` and `where` of numbers.
+            *hyperparameters: the values of `hyperparameters` at this step.
+
+        Returns:
+            Numbers, as many for all values; the hyperparameters themselves by default.
         """
-        return self._rule or _no_rule
+        return hyperparameters
+
+    def coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> Sequence[Any]:
+        """The rule's coefficients at step t = 1, 2, ..., one for each name in `rule.coefficients`.
+
+        Args:
+            functions: as of `numbers`. Its arguments may be traced, so that Python's `if` and
+                `math` are none for them.
+            learning_rate: a number.
+            t: the number of the step, a float.
+            *numbers: what `numbers` returned.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `coefficients(functions, learning_rate, t, "
+            "*numbers)`, as it has a `rule`."
+        )
+
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> Rule:
+        """The rule of a step with these values of its settings; it has the slots of `rule`."""
+        return self.rule or NOTHING
 
     @property
     def _is_fused(self) -> bool:
         """Whether a step runs the rule itself; no, if a subclass overrides `update_step`."""
-        return False
+        return self.rule is not None and type(self).update_step is Optimizer.update_step
 
     def build(self, variables: Any) -> None:
         """Create the state for these variables; the first `apply` does it otherwise.
@@ -318,11 +338,11 @@ class Optimizer(_Base):
 
     def _build_or_check(self, variables: Any) -> None:
         if self.built:
-            if [id(v) for v in _as_list(variables)] != [id(e.key) for e in self._entries]:
+            if [id(v) for v in _as_list(variables)] != [id(e.key) for e in self._state.entries]:
+                held = self._state.entries
                 raise ValueError(
-                    f"This optimizer was built with {len(self._entries)} variables: "
-                    f"{_names(self._entries)}. It cannot be built again with others; create a new "
-                    "optimizer for them."
+                    f"This optimizer was built with {len(held)} variables: {names_of(held)}. It "
+                    "cannot be built again with others; create a new optimizer for them."
                 )
             return
         given = variables if isinstance(variables, Mapping) else _as_list(variables)
@@ -334,22 +354,15 @@ class Optimizer(_Base):
     @contextmanager
     def _unbuilt_on_error(self) -> Iterator[None]:
         """Take a build back if it fails, or the first step does that it was for."""
-        before = self.__dict__ | {"_state": self._state.copy()}
-        calls = self._counted()
+        before = self.__dict__ | {"_state": copy.copy(self._state)}
+        calls = self._state.counted()
         try:
             yield
         except BaseException:
             # A step was made if an interrupt came after it, or if another thread has made one.
-            if self._counted() in (calls, None) or calls is None:
+            if self._state.counted() in (calls, None) or calls is None:
                 self.__dict__ = before
             raise
-
-    def _counted(self) -> int | None:
-        """How many calls there were, if that can be known at this moment."""
-        if self._backend is not None:
-            return self._backend.counted(self._iteration)
-        held = self._iteration
-        return held.item() if isinstance(held, np.ndarray) else None
 
     def _described(self, variables: Any) -> tuple[Backend, tuple[Entry, ...]]:
         """Entries for variables that may be built on; nothing is changed yet."""
@@ -377,14 +390,8 @@ class Optimizer(_Base):
                     f"{first.name} and variable {i} of {kind.name}. Use one optimizer for each."
                 )
         backend = first.over(given)
-        restored = self._restored
         if names is None:
-            if restored is not None and len(restored.variables) == len(given):
-                names = [name for name, _, _ in restored.variables]
-            else:
-                names = list(
-                    map(_Names().unique, (backend.name_of(v) or "variable" for v in given))
-                )
+            names = self._state.names_for(backend, given)
         entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
         seen: dict[int, str] = {}
         for entry in entries:
@@ -395,29 +402,15 @@ class Optimizer(_Base):
                 )
             seen[id(entry.key)] = entry.name
         backend.check_distinct(entries)
-        if restored is not None:
-            self._check_restored(entries, restored)
+        self._state.check_restored(entries)
         return backend, entries
-
-    def _check_restored(self, entries: Sequence[Entry], restored: _Restored) -> None:
-        given = tuple((e.name, e.shape, e.dtype) for e in entries)
-        for i, expected in enumerate(restored.variables):
-            if len(given) != len(restored.variables) or given[i] != expected:
-                name, shape, dtype = expected
-                found = given[i] if i < len(given) else "none"
-                raise ValueError(
-                    "The state of this optimizer, from a pickle or a copy, belongs to "
-                    f"{len(restored.variables)} variables, of which number {i} is '{name}' of "
-                    f"shape {shape} and dtype {dtype}. Received {len(given)} variables, of which "
-                    f"number {i} is {found}. Pass all of them in the same order once, with "
-                    "build(variables); afterwards a step may be given fewer."
-                )
 
     def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
         introduce(Optimizer)
-        self._backend, self._entries = backend, entries
+        state = self._state
+        state.backend = backend
+        state.hold(entries)
         self._forget()
-        self._index = {id(entry.key): i for i, entry in enumerate(entries)}
         excluded = {id(v) for v in self._excluded_variables}
         for entry in entries:
             entry.decayed = not (
@@ -425,20 +418,21 @@ class Optimizer(_Base):
                 or entry.name in self._excluded_exact
                 or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
             )
-        self._state = [(name, self._moved(value)) for name, value in self._state]
-        for name, counter in self._state:
+        for _, counter in state.named.copy():
+            state.replace_counter(counter, self._moved(counter))
+        for name, counter in state.named:
             backend.created(self, name, counter)
         self._create_slots(entries)
         self.built = True
-        if self._awaited is not None:
+        if self._state.awaited is not None:
             try:
                 with backend.untraced():
-                    self.set_weights(self._awaited)
+                    self.set_weights(self._state.awaited)
             except ValueError as error:
                 raise ValueError(
                     f"The state that was migrated belongs to other variables. {error}"
                 ) from error
-            self._awaited = None
+            self._state.awaited = None
 
     def _create_slots(self, entries: Sequence[Entry]) -> None:
         variables = [entry.key for entry in entries]
@@ -451,25 +445,13 @@ class Optimizer(_Base):
                 entry.accumulator = self.add_variable_from_reference(
                     entry.key, "gradient_accumulator"
                 )
-        for group in _slot_groups(self._rule):
+        for group in _slot_groups(self.rule):
             columns = self.add_optimizer_variables(variables, list(group))
             for entry, slots in zip(entries, zip(*columns, strict=True), strict=True):
                 entry.slots = (*entry.slots, *slots)
 
     def _moved(self, value: Any) -> Any:
-        """A counter that was made before the library was known, as that library's variable."""
-        assert self._backend is not None
-        backend = self._backend
-        moved = value if backend.has(value) else backend.create(_host(value))
-        self._replace_counter(value, moved)
-        return moved
-
-    def _replace_counter(self, value: Any, by: Any) -> None:
-        if value is self._iteration:
-            self._iteration = by
-        elif value is self._learning_rate:
-            self._learning_rate = by
-        self._state = [(name, by if each is value else each) for name, each in self._state]
+        return self._state.moved(value)
 
     def add_variable(
         self,
@@ -496,13 +478,13 @@ class Optimizer(_Base):
         Raises:
             ValueError: before `build`, when that library is not known yet.
         """
-        if self._backend is None:
+        if self._state.backend is None:
             raise ValueError(
                 "`add_variable` needs to know the library of the model's variables. Call it in "
                 "`build`, after super().build(variables)."
             )
-        created = self._create(_initial(initializer, tuple(shape), dtype or "float32"))
-        self._track(name or "variable", created)
+        created = self._state.create(initial(initializer, tuple(shape), dtype or "float32"))
+        self._state.track(self, name or "variable", created)
         return created
 
     def add_variable_from_reference(
@@ -520,14 +502,15 @@ class Optimizer(_Base):
             The variable.
         """
         entry = self._entry(reference_variable)
-        assert self._backend is not None
+        assert self._state.backend is not None
         dtype = entry.slot_dtype
         if isinstance(initializer, str) and initializer == "zeros":
-            created = self._backend.zeros(entry, dtype)
+            created = self._state.backend.zeros(entry, dtype)
         else:
-            value = _initial(initializer, entry.shape, dtype)
-            created = self._backend.filled(entry, dtype, value)
-        self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name or 'var'}", created)
+            value = initial(initializer, entry.shape, dtype)
+            created = self._state.backend.filled(entry, dtype, value)
+        prefix = entry.name.replace("/", "_").replace(":", "_")
+        self._state.track(self, f"{prefix}_{name or 'var'}", created)
         return created
 
     def add_optimizer_variables(
@@ -566,38 +549,11 @@ class Optimizer(_Base):
                 )
         return columns[0] if isinstance(name, str) else columns
 
-    def _track(self, name: str, variable: Any) -> None:
-        names = self._names
-        if names is None or len(names) != len(self._state):
-            names = self._names = _Names(each for each, _ in self._state)
-        unique = names.unique(name)
-        self._state.append((unique, variable))
-        assert self._backend is not None
-        if self._restored is not None:
-            value = self._restored.state.get(unique)
-            if value is None or value.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"The state of this optimizer, from a pickle or a copy, has no '{unique}' of "
-                    f"shape {tuple(variable.shape)}. It has {list(self._restored.state)}. Settings "
-                    "that decide which state is kept cannot be changed."
-                )
-            with self._backend.untraced():
-                self._assign(variable, value)
-        self._backend.created(self, unique, variable)
-
     def _entry(self, variable: Any) -> Entry:
-        return self._entries[self._get_variable_index(variable)]
+        return self._state.entries[self._get_variable_index(variable)]
 
     def _get_variable_index(self, variable: Any) -> int:
-        found = self._index.get(id(variable))
-        if found is None:
-            raise ValueError(
-                f"Unknown variable: {received(variable)} of shape "
-                f"{getattr(variable, 'shape', 'unknown')}. This optimizer was built with "
-                f"{len(self._entries)} variables: {_names(self._entries)}. It works on these "
-                "objects only; create a new optimizer for others."
-            )
-        return found
+        return self._state.position(variable)
 
     def exclude_from_weight_decay(
         self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
@@ -678,8 +634,8 @@ class Optimizer(_Base):
             calls = self._apply(grads, variables)
         else:
             self.apply(grads, variables)
-        assert self._backend is not None
-        return self._backend.count(self._iteration) if calls is None else calls
+        assert self._state.backend is not None
+        return self._state.backend.count(self._state.iteration) if calls is None else calls
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update variables by a list of gradients, one a variable.
@@ -701,24 +657,24 @@ class Optimizer(_Base):
                     "`apply(grads)` without variables needs a built optimizer. Call "
                     "build(variables) first, or pass the variables."
                 )
-            variables = [entry.key for entry in self._entries]
+            variables = [entry.key for entry in self._state.entries]
         else:
             variables = list(trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"There must be one gradient a variable. Received {len(grads)} gradients for "
-                f"{len(variables)} variables: {_names(self._entries)}."
+                f"{len(variables)} variables: {names_of(self._state.entries)}."
             )
         self._apply(grads, variables)
-        assert self._backend is not None
-        self._backend.check_run()
+        assert self._state.backend is not None
+        self._state.backend.check_run()
 
     def _apply(self, grads: list[Any], variables: list[Any]) -> Any:
         """A step; the number of calls after it, if the backend knows that without being asked."""
         selection = self._recent
         if selection is not None:
-            assert self._backend is not None
-            gradients = self._backend.recognise(selection, grads, variables)
+            assert self._state.backend is not None
+            gradients = self._state.backend.recognise(selection, grads, variables)
             if gradients is not None:
                 return self._step(selection, gradients)
         if self.built:
@@ -734,15 +690,15 @@ class Optimizer(_Base):
         """Step 1: every check, and the gradients that are there. Builds if that is still to do."""
         new = stand_ins = None
         if self.built:
-            backend = self._backend
+            backend = self._state.backend
             assert backend is not None
-            stand_ins = backend.stand_ins(self._entries, variables)
+            stand_ins = backend.stand_ins(self._state.entries, variables)
             entries = stand_ins or [self._entry(variable) for variable in variables]
             if len({id(entry) for entry in entries}) != len(entries):
                 raise ValueError(
-                    f"A variable is given twice in one step. Received: {_names(entries)}."
+                    f"A variable is given twice in one step. Received: {names_of(entries)}."
                 )
-            backend.check_built(self._entries)
+            backend.check_built(self._state.entries)
         else:
             new = self._described(variables)
             backend, entries = new[0], list(new[1])
@@ -750,7 +706,7 @@ class Optimizer(_Base):
         if new is not None:
             self._build_by(variables, *new)
             present = [self._entry(entry.key) for entry in present]
-        self._restored = None  # what was pickled or copied is in its variables now
+        self._state.restored = None  # what was pickled or copied is in its variables now
         if stand_ins is None:
             self._recent = selection = self._selection(present)
         else:
@@ -783,11 +739,13 @@ class Optimizer(_Base):
         self, present: Sequence[Entry], gradients: Sequence[Any]
     ) -> tuple[list[Entry], list[Any]]:
         """Serve the variables whose gradient is their new value; the others are left for a step."""
-        backend, others, left = self._backend, [], []
+        backend, others, left = self._state.backend, [], []
         assert backend is not None
         for entry, gradient in zip(present, gradients, strict=True):
             if entry.replaced:
-                backend.replace(entry, gradient, self._iteration, self.gradient_accumulation_steps)
+                backend.replace(
+                    entry, gradient, self._state.iteration, self.gradient_accumulation_steps
+                )
             else:
                 others.append(entry)
                 left.append(gradient)
@@ -795,7 +753,9 @@ class Optimizer(_Base):
 
     def _selection(self, present: Sequence[Entry]) -> Selection:
         key = tuple(map(id, present))
-        found: Selection = self._selections.found(key, lambda: _selected(present, self._entries))
+        found: Selection = self._selections.found(
+            key, lambda: _selected(present, self._state.entries)
+        )
         return found
 
     def _build_by(self, variables: list[Any], backend: Backend, entries: tuple[Entry, ...]) -> None:
@@ -811,10 +771,10 @@ class Optimizer(_Base):
 
     def _step(self, selection: Selection, gradients: Any) -> Any:
         """Steps 2 to 9, run at once or as a compiled whole, as the library does such things."""
-        backend = self._backend
+        backend = self._state.backend
         assert backend is not None
         if not selection.entries:  # all were replaced
-            self._assign(self._iteration, self._read(self._iteration) + 1)
+            self._state.assign(self._state.iteration, self._calls() + 1)
             return None
         if self._called:
             calls = backend.by_latest(lambda: self._run(backend, selection, gradients))
@@ -824,41 +784,61 @@ class Optimizer(_Base):
         return calls
 
     def _run(self, backend: Backend, selection: Selection, gradients: Any) -> Any:
-        rate, fixed = self._rate_and_fixed()
-        return backend.run(self._advance, selection, gradients, rate, fixed)
+        rate, step = self._rate_and_step()
+        return backend.run(self._advance, selection, gradients, rate, step)
 
-    def _rate_and_fixed(self) -> tuple[Any, Fixed]:
+    def _rate_and_step(self) -> tuple[Any, Step]:
         """What `_advance` takes beside gradients, of the settings as they are at this step."""
         rate = None
-        if self._schedule is None and callable(self._learning_rate):
-            assert self._backend is not None
-            rate = self._backend.rate(self._learning_rate())
-        return rate, self._fixed_by(self._hyperparameters())
+        if self._rate_function is not None:
+            assert self._state.backend is not None
+            rate = self._state.backend.rate(self._rate_function())
+        return rate, self._step_by(self._hyperparameters())
 
-    def _fixed_by(self, hyperparameters: tuple[Any, ...]) -> Fixed:
+    def _step_by(self, hyperparameters: tuple[Any, ...]) -> Step:
         latest = self._latest
         if latest is None or latest[0] != hyperparameters:
-            latest = self._latest = hyperparameters, self._make_fixed(hyperparameters)
+            latest = self._latest = hyperparameters, self._make_step(hyperparameters)
         return latest[1]
 
-    def _make_fixed(self, hyperparameters: tuple[Any, ...]) -> Fixed:
-        backend = self._backend
-        assert backend is not None
-        rule = self._rule_of(hyperparameters)
-        structure = (
+    def _make_step(self, hyperparameters: tuple[Any, ...]) -> Step:
+        assert self._state.backend is not None
+        return self._make_step_of(
+            self._passes or self._make_passes(),
+            known(self._rule_of(hyperparameters)),
+            self._settings_now(),
+            tuple(self.numbers(self._state.backend.functions, *hyperparameters)),
+        )
+
+    def _make_step_of(
+        self, passes: Passes, rule: Rule, settings: StepSettings, numbers: tuple[Any, ...]
+    ) -> Step:
+        version = (
             # What a callable returns is an argument, whichever it is.
             self._version if "learning_rate" not in self._called else None,
-            *map(id, self._passes or self._make_passes()),  # each kept for ever
+            *map(id, passes),  # each kept for ever, as the rule is
+            id(rule),
             self.clipnorm is None,
             self.ema_overwrite_frequency,
             self.gradient_accumulation_steps,
         )
-        numbers = self._numbers(backend.functions, rule, hyperparameters)
-        return Fixed(structure, rule, (*self._settings_now(), *numbers))
+        return Step(
+            version,
+            passes,
+            rule,
+            self.coefficients,
+            NormClip(self.clipnorm is None, type(self)._clip_factor_of_all),
+            settings,
+            numbers,
+            (*settings, *numbers),
+            self.gradient_accumulation_steps,
+            self.ema_overwrite_frequency,
+            None if self._is_fused else self._update_entry,
+        )
 
-    def _settings_now(self) -> Settings:
+    def _settings_now(self) -> StepSettings:
         threshold = self.global_clipnorm if self.clipnorm is None else self.clipnorm
-        return Settings(
+        return StepSettings(
             self.loss_scale_factor or 1.0,
             self.clipvalue or 0.0,
             self.weight_decay or 0.0,
@@ -867,221 +847,95 @@ class Optimizer(_Base):
             threshold or 0.0,
         )
 
-    def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Fixed) -> None:
-        """The order of a step; what touches every element is in `rule.make_element`.
+    def _advance(self, selection: Selection, gradients: Any, rate: Any, step: Step) -> None:
+        """A step between its counts: see `Step.advance`.
 
         Args:
             selection: the entries with gradients.
             gradients: what the backend gathered.
             rate: the learning rate, if it is a callable's.
-            fixed: what is compiled, and the numbers that it takes.
+            step: what is compiled, and the numbers that it takes.
         """
-        backend = self._backend
+        backend = self._state.backend
         assert backend is not None
-        step, micro_step, average, _ = self._passes or self._make_passes()
-        rule = fixed.rule
-        functions = backend.functions
         if self._schedule is not None:
-            calls, learning_rate = self._count_and_rate(backend)
+            calls, rate = self._count_and_rate(backend)
         else:
-            calls = backend.calls(self._iteration)
-            learning_rate = backend.value(self._learning_rate) if rate is None else rate
-        n = self.gradient_accumulation_steps
-        updates = calls // n if n else calls
-        settings, numbers = Settings(*fixed.numbers[:_SETTINGS]), fixed.numbers[_SETTINGS:]
-        pass_c = self._pass_coefficients(functions, settings, learning_rate, updates)
+            calls = backend.calls(self._state.iteration)
+            rate = backend.value(self._state.rate) if rate is None else rate
+        step.advance(backend, selection, gradients, calls, rate)
+        if step.update is not None:
+            calls = backend.value(self._state.iteration)  # others may have made steps meanwhile
+        backend.count_up(self._state.iteration, calls, gradients)
 
-        def update() -> None:
-            if self._is_fused:
-                # Divided, so that a traced count becomes a float in every library.
-                t = (updates + 1) / 1
-                rule_c = self._coefficients(rule, functions, learning_rate, t, *numbers)
-                factors = self._clip_factors(
-                    step, rule, selection, gradients, pass_c, settings.threshold
-                )
-                backend.sweep(step, rule, selection, gradients, factors, rule_c, pass_c)
-            else:
-                self._update_each(
-                    selection, gradients, learning_rate, step, pass_c, settings.threshold
-                )
-            # As in Keras, what had accumulated for a variable that now has no gradient is dropped.
-            if n:
-                backend.clear(selection, gradients)
-
-        if n:
-            backend.branch(
-                (calls + 1) % n < 1,  # in a graph of TensorFlow 1, == compares objects
-                update,
-                lambda: backend.sweep(
-                    micro_step, rule, selection, gradients, (), _NO_RULE_C, pass_c
-                ),
-            )
-        else:
-            update()
-        if self.use_ema and selection.rest:
-            backend.sweep(average, rule, selection, gradients, (), _NO_RULE_C, pass_c)
-        if selection.constrained:
-            backend.constrain_within(selection.constrained)
-        if not self._is_fused:
-            calls = backend.value(self._iteration)  # others may have made steps meanwhile
-        backend.count_up(self._iteration, calls, gradients)
+    def _update_entry(self, gradient: Any, entry: Entry, learning_rate: Any) -> None:
+        self.update_step(gradient, entry.key, learning_rate)
 
     def _count_and_rate(self, backend: Backend) -> tuple[Any, Any]:
         """The number of calls so far, and the rate that the schedule has for it."""
-        calls = backend.calls(self._iteration)
+        calls = backend.calls(self._state.iteration)
         while True:
             with backend.aside():
                 rate = backend.rate(self._scheduled(calls))
-            now = backend.calls(self._iteration)
+            now = backend.calls(self._state.iteration)
             if now is calls or now == calls:
                 return calls, rate
             calls = now  # others made steps while the schedule ran
 
-    def _make_passes(self) -> tuple[Pass, Pass, Pass, Pass]:
-        average = Pass(
-            gradient=False,
-            averaged=self.use_ema,
-            overwritten=self.use_ema and self.ema_overwrite_frequency is not None,
+    def _make_passes(self) -> Passes:
+        self._passes = passes_of(
+            Pass(
+                gradient=True,
+                updates=True,
+                scaled=self.loss_scale_factor is not None,
+                accumulated=self.gradient_accumulation_steps is not None,
+                clipped_by_factor=self.clipnorm is not None or self.global_clipnorm is not None,
+                clipped_by_value=self.clipvalue is not None,
+                value_first=self.clipvalue is not None and self._value_first,
+                decayed=self.weight_decay is not None,
+                averaged=self.use_ema,
+                overwritten=self.use_ema and self.ema_overwrite_frequency is not None,
+            )
         )
-        micro_step = average._replace(
-            gradient=True,
-            scaled=self.loss_scale_factor is not None,
-            accumulated=self.gradient_accumulation_steps is not None,
-        )
-        step = micro_step._replace(
-            updates=True,
-            clipped_by_factor=self.clipnorm is not None or self.global_clipnorm is not None,
-            clipped_by_value=self.clipvalue is not None,
-            value_first=self.clipvalue is not None and self._value_first,
-            decayed=self.weight_decay is not None,
-        )
-        # Norms are of the gradients that are to be applied.
-        squares = Pass(
-            gradient=True,
-            updates=True,
-            scaled=step.scaled,
-            accumulated=step.accumulated,
-            clipped_by_value=step.value_first,
-            value_first=step.value_first,
-        )
-        # Equal passes are one object: backends keep what they prepare by its identity.
-        one, two, three, four = (
-            _PASSES.setdefault(p, p) for p in (step, micro_step, average, squares)
-        )
-        self._passes = one, two, three, four
         return self._passes
 
-    def _pass_coefficients(
-        self, functions: Any, settings: Settings, rate: Any, updates: Any
-    ) -> PassCoefficients:
-        momentum, weight, overwrite = 0.0, 1.0, 0.0
-        if self.use_ema:
-            # The first average is the variable itself, not a step from zero towards it.
-            momentum = functions.where(updates < 1, 0.0, settings.momentum)
-            weight = functions.where(updates < 1, 1.0, settings.one_minus_momentum)
-            if self.ema_overwrite_frequency is not None:
-                due = (updates + 1) % self.ema_overwrite_frequency < 1
-                overwrite = functions.where(due, 1.0, 0.0)
-        # By position: this is done at every step.
-        return PassCoefficients(
-            settings.scale,
-            float(self.gradient_accumulation_steps or 1),
-            settings.clipvalue,
-            0.0 if self.weight_decay is None else settings.weight_decay * rate,
-            momentum,
-            weight,
-            overwrite,
-            0.0,
-        )
-
-    def _hyperparameters(self) -> tuple[float, ...]:
-        """The rule's own settings at this step: numbers, of callables too."""
-        return ()
-
-    def _numbers(
-        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        """What `_coefficients` needs of them, in double precision, which a step may not have."""
-        return tuple(hyperparameters)
-
-    def _coefficients(
-        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
-    ) -> Sequence[Any]:
-        """What the rule needs beside the arrays at step t = 1, 2, ..."""
-        raise NotImplementedError
-
-    def _clip_factors(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        pass_c: PassCoefficients,
-        threshold: Any,
-    ) -> Sequence[Any]:
-        if not kind.clipped_by_factor:
-            return ()
-        backend = self._backend
-        assert backend is not None
-        functions = backend.functions
-        assert self._passes is not None
-        is_joint = self.clipnorm is None
-        norms = backend.norms(self._passes[3], rule, selection, gradients, pass_c, joint=is_joint)
-        if is_joint:
-            factor = type(self)._clip_factor_of_all(functions, norms[0], threshold)
-            return [factor] * len(selection.entries)
-        return [clip_factor(functions, norm, threshold) for norm in norms]
-
-    def _update_each(
-        self,
-        selection: Selection,
-        gradients: Any,
-        learning_rate: Any,
-        kind: Pass,
-        pass_c: PassCoefficients,
-        threshold: Any,
-    ) -> None:
-        """The step of a subclass that has an `update_step` of its own, variable by variable."""
-        backend = self._backend
-        assert backend is not None
-        factors = self._clip_factors(kind, _no_rule, selection, gradients, pass_c, threshold)
-        backend.update_each(
-            kind,
-            selection,
-            gradients,
-            factors,
-            pass_c,
-            lambda gradient, entry: self.update_step(gradient, entry.key, learning_rate),
-        )
+    def _hyperparameters(self) -> tuple[Any, ...]:
+        """The values of `hyperparameters` at this step: numbers, of callables too."""
+        return tuple([options.present(self, name) for name in self.hyperparameters])
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Update one variable by its gradient; nothing is clipped, decayed, averaged or counted.
+        """Update one variable by its gradient, by the rule, as step `iterations` + 1.
+
+        Nothing is clipped, decayed, averaged or counted. A subclass without a `rule` overrides it.
 
         Args:
             gradient: of the variable's shape.
             variable: one of those the optimizer was built with.
             learning_rate: a number.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} must override `update_step(gradient, variable, learning_rate)`."
-        )
 
-    def _update_one(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """`update_step` by the rule."""
-        entry, backend = self._entry(variable), self._backend
+        Raises:
+            NotImplementedError: if there is no rule, and no override.
+        """
+        if self.rule is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must override `update_step(gradient, variable, "
+                "learning_rate)`, or have a `rule`."
+            )
+        entry, backend = self._entry(variable), self._state.backend
         assert backend is not None
         hyperparameters = self._hyperparameters()
-        rule = self._rule_of(hyperparameters)
+        rule = known(self._rule_of(hyperparameters))
         selection = self._selection((entry,))
         gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
-        rule_c = self._coefficients(
-            rule,
-            backend.functions,
+        functions = backend.functions
+        rule_c = self.coefficients(
+            functions,
             backend.rate(learning_rate),
             (self.iterations + 1) / 1,
-            *self._numbers(backend.functions, rule, hyperparameters),
+            *self.numbers(functions, *hyperparameters),
         )
-        backend.sweep(_UPDATE, rule, selection, gradients, (), rule_c, PassCoefficients())
+        group = Group(_UPDATE, rule, selection, checked(rule, rule_c), PassCoefficients())
+        backend.sweep(group, gradients)
         backend.check_run()
 
     def assign(self, variable: Any, value: Any) -> None:
@@ -1094,12 +948,18 @@ class Optimizer(_Base):
         Raises:
             ValueError: if it is a count or a learning rate that there cannot be.
         """
-        if variable is self._learning_rate:
+        if self._state.rate is not None and variable is self._state.rate:
             self.learning_rate = value
             return
-        if variable is self._iteration and isinstance(value, (int, float, np.ndarray, np.generic)):
+        if variable is self._state.iteration and isinstance(
+            value, (int, float, np.ndarray, np.generic)
+        ):
             value = options.count("iteration", value)
-        self._assign(variable, value)
+        self._state.assign(variable, value)
+
+    def _value_of(self, variable: Any) -> Any:
+        backend = self._state.backend
+        return variable if backend is None else backend.array(variable)
 
     def assign_add(self, variable: Any, value: Any) -> None:
         """Add to a variable.
@@ -1108,7 +968,7 @@ class Optimizer(_Base):
             variable: of the model, or a state variable.
             value: of its shape.
         """
-        self.assign(variable, self._array(variable) + value)
+        self.assign(variable, self._value_of(variable) + value)
 
     def assign_sub(self, variable: Any, value: Any) -> None:
         """Subtract from a variable.
@@ -1117,7 +977,7 @@ class Optimizer(_Base):
             variable: of the model, or a state variable.
             value: of its shape.
         """
-        self.assign(variable, self._array(variable) - value)
+        self.assign(variable, self._value_of(variable) - value)
 
     def stateless_apply(
         self,
@@ -1141,6 +1001,16 @@ class Optimizer(_Base):
 
         Raises:
             ValueError: if the optimizer is not built, or a list has the wrong length.
+            TypeError, ValueError: if a value or a gradient does not fit, as in `apply_gradients`.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> w, opt = np.array([1.0, 2.0]), Adam(learning_rate=0.1)
+            >>> opt.build([w])
+            >>> (new,), state = opt.stateless_apply(opt.variables, [np.array([1.0, -1.0])], [w])
+            >>> new.round(3).tolist(), w.tolist(), int(state[0])
+            ([0.9, 2.1], [1.0, 2.0], 1)
         """
         if not len(grads) and not len(trainable_variables):
             return [], list(optimizer_variables)
@@ -1148,20 +1018,36 @@ class Optimizer(_Base):
             raise ValueError(
                 "`stateless_apply` needs a built optimizer. Call build(variables) first."
             )
-        if len(optimizer_variables) != len(self._state):
+        if len(optimizer_variables) != len(self._state.named):
             raise ValueError(
-                f"`optimizer_variables` must have one value for each of the {len(self._state)} "
-                f"`variables` of the optimizer. Received {len(optimizer_variables)}."
+                "`optimizer_variables` must have one value for each of the "
+                f"{len(self._state.named)} `variables` of the optimizer. Received "
+                f"{len(optimizer_variables)}."
             )
-        if len(trainable_variables) != len(self._entries):
+        if len(trainable_variables) != len(self._state.entries):
             raise ValueError(
                 "`trainable_variables` must have one value for each of the "
-                f"{len(self._entries)} variables the optimizer was built with. Received "
+                f"{len(self._state.entries)} variables the optimizer was built with. Received "
                 f"{len(trainable_variables)}."
             )
-        assert self._backend is not None
-        return self._backend.stateless_apply(
-            self, list(optimizer_variables), list(grads), list(trainable_variables)
+        backend, entries = self._state.backend, self._state.entries
+        assert backend is not None
+
+        def examined(gradients: list[Any]) -> tuple[Selection, list[Any]]:
+            present, checked = self._present(backend, entries, gradients, depth=5)
+            return self._selection(present), checked
+
+        call = Stateless(
+            self,
+            self._is_fused,
+            entries,
+            self._state.named,
+            examined,
+            self._rate_and_step,
+            self._advance,
+        )
+        return backend.stateless_apply(
+            call, list(optimizer_variables), list(grads), list(trainable_variables)
         )
 
     # --- differentiation ---
@@ -1183,6 +1069,16 @@ class Optimizer(_Base):
         Raises:
             TypeError, ValueError: as `apply_gradients`; or if the loss returns no scalar.
             ImportError: if the library's differentiation is not installed.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> w = np.array([1.0, -2.0])
+            >>> opt = Adam(learning_rate=0.1)
+            >>> for _ in range(3):
+            ...     calls = opt.minimize(lambda w: (w * w).sum(), [w])
+            >>> calls, w.round(3).tolist()
+            (3, [0.702, -1.701])
         """
         variables = _as_list(var_list() if callable(var_list) else var_list)
         gradients = self._differentiated(loss, variables, grad_loss, self.scale_loss)
@@ -1196,14 +1092,25 @@ class Optimizer(_Base):
             params: list of variables.
 
         Returns:
-            A list with one gradient a variable.
+            A list with one gradient a variable, of its shape; None where the library says that the
+            loss does not depend on it.
+
+        Raises:
+            TypeError, ValueError: if the loss returns no scalar, or a variable cannot be trained.
+            ImportError: if the library's differentiation is not installed.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> Adam().get_gradients(lambda w: (w * w).sum(), [np.array([1.0, -2.0])])
+            [array([ 2., -4.])]
         """
         return self._differentiated(loss, _as_list(params), None, lambda value: value)
 
     def _differentiated(
         self, loss: Any, variables: list[Any], grad_loss: Any, scale: Callable[[Any], Any]
     ) -> list[Any]:
-        backend = self._backend if self.built else None
+        backend = self._state.backend if self.built else None
         if backend is None:
             # Differentiating changes nothing, but an error about the variables should come first.
             backend = self._described(variables)[0]
@@ -1217,6 +1124,17 @@ class Optimizer(_Base):
 
         Returns:
             The loss times `loss_scale_factor`; without one, the loss itself.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> opt, w = Adam(learning_rate=0.1, loss_scale_factor=1024.0), np.array([1.0])
+            >>> opt.scale_loss(2.0)
+            2048.0
+            >>> opt.apply_gradients([(np.array([2.0 * 1024]), w)])
+            1
+            >>> w.round(3).tolist()
+            [0.9]
         """
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
@@ -1234,7 +1152,7 @@ class Optimizer(_Base):
         if not self.use_ema:
             return
         entries = [self._entry(variable) for variable in _as_list(var_list)]
-        calls, backend = self._calls(), self._backend
+        calls, backend = self._calls(), self._state.backend
         assert backend is not None
         if not backend.is_traced(calls) and calls == 0:
             raise ValueError("There is no moving average before the first step.")
@@ -1264,8 +1182,8 @@ class Optimizer(_Base):
         A slot is called `{name of the variable, / as _}_{momentum | velocity | velocity_hat |
         average | gradient_accumulator}`.
         """
-        backend = self._backend
-        return {name: v if backend is None else backend.shown(v) for name, v in self._state}
+        backend = self._state.backend
+        return {name: v if backend is None else backend.shown(v) for name, v in self._state.named}
 
     def get_weights(self) -> list[Array]:
         """The state, to save it or to set it elsewhere.
@@ -1276,21 +1194,9 @@ class Optimizer(_Base):
         Raises:
             ValueError: in a function that is traced, where the state has no values yet.
         """
-        if self._backend is not None:
-            self._backend.check_readable()
-        return list(self._saved().values())
-
-    def _saved(self) -> dict[str, Array]:
-        """Copies of the state by name, and of what still waits for the variables it is for."""
-        # Before there are variables, a checkpoint may have brought counters of TensorFlow's.
-        backend = self._backend
-        read = _copied if backend is None else backend.numpy
-        with nullcontext() if backend is None else backend.turn:  # of one step, the whole state
-            saved = {name: read(value) for name, value in self._state}
-        if self._restored is not None:
-            for name, value in self._restored.state.items():
-                saved.setdefault(name, np.array(value))
-        return saved
+        if self._state.backend is not None:
+            self._state.backend.check_readable()
+        return list(self._state.saved().values())
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the state to values as `get_weights` returns, of this or another library.
@@ -1308,47 +1214,7 @@ class Optimizer(_Base):
                 "`set_weights` needs a built optimizer, whose state has its shapes. Call "
                 "build(variables) first."
             )
-        weights = list(weights)
-        if len(weights) != len(self._state):
-            raise ValueError(
-                f"`set_weights` needs {len(self._state)} arrays, one for each of "
-                f"{[name for name, _ in self._state]}. Received {len(weights)}."
-            )
-        assert self._backend is not None
-        arrays = []
-        for (name, variable), weight in zip(self._state, weights, strict=True):
-            (shape, dtype), value = self._backend.form(variable), _host(weight)
-            is_masked = isinstance(weight, np.ma.MaskedArray)
-            fits = value.shape == shape and value.dtype.kind in "fiu" and not is_masked
-            is_count = dtype.kind in "iu"
-            if not fits or (is_count and not all(float(x).is_integer() for x in value.flat)):
-                raise ValueError(
-                    f"State variable '{name}' must be set to {'whole' if is_count else 'real'} "
-                    f"numbers of shape {shape} (its dtype is {dtype}). Received shape "
-                    f"{value.shape} and dtype {value.dtype}. Pass what get_weights() returned for "
-                    "the same variables and settings."
-                )
-            if is_count:
-                self._check_whole(name, variable, value, dtype)
-            with np.errstate(over="ignore"):  # infinite in a smaller type, which a rate must not be
-                value = value.astype(dtype)
-            if variable is self._learning_rate:
-                options.rate(name, value)
-            arrays.append(value)
-        with self._backend.turn:
-            for (_, variable), value in zip(self._state, arrays, strict=True):
-                self._backend.assign(variable, value)
-
-    def _check_whole(self, name: str, variable: Any, value: Array, dtype: np.dtype[Any]) -> None:
-        """Raise ValueError if whole numbers cannot be held, or are none of what is counted."""
-        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
-        low = 0 if variable is self._iteration else low
-        wrong = [x for x in map(int, value.ravel().tolist()) if not low <= x <= high]
-        if wrong:
-            raise ValueError(
-                f"State variable '{name}' must be set to whole numbers from {low} to {high} (its "
-                f"dtype is {dtype}). Received: {wrong[0]}."
-            )
+        self._state.set(list(weights))
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.
@@ -1369,10 +1235,10 @@ class Optimizer(_Base):
             ValueError: if it does not fit the optimizer. (Keras warns and goes on without.)
         """
         keys = sorted(store.keys(), key=lambda key: int(key) if key.isdecimal() else -1)
-        if keys != [str(i) for i in range(len(self._state))]:
+        if keys != [str(i) for i in range(len(self._state.named))]:
             hint = "" if self.built else " Call build(variables) first."
             raise ValueError(
-                f"The store must have the keys '0' to '{len(self._state) - 1}', the state of "
+                f"The store must have the keys '0' to '{len(self._state.named) - 1}', the state of "
                 f"optimizer '{self.name}'. Received {len(keys)} keys: {keys[:8]}.{hint}"
             )
         if not self.built and len(keys) > 0:
@@ -1411,14 +1277,15 @@ class Optimizer(_Base):
                 "`var_names`."
             )
         excluded = {id(variable) for variable in self._excluded_variables}
-        names = [entry.name for entry in self._entries if id(entry.key) in excluded]
+        names = [entry.name for entry in self._state.entries if id(entry.key) in excluded]
         return (*self._excluded_exact, *names)
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments as they are now: the learning rate may be a schedule."""
-        rate = self._learning_rate if self._schedule is None else self._schedule
-        settings = {"learning_rate": rate if callable(rate) else float(self._read(rate))}
-        return settings | {name: getattr(self, name) for name in self._option_names}
+        rate = self._schedule or self._rate_function
+        settings = {"learning_rate": rate or float(self._state.read(self._state.rate))}
+        names = (*self._option_names, *self.hyperparameters)
+        return settings | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_config(
@@ -1464,27 +1331,16 @@ class Optimizer(_Base):
         # Without what TensorFlow notes on an object that it tracks.
         state = {k: v for k, v in self.__dict__.items() if not k.startswith("_self_")}
         del state["_building"]
-        held = tuple((e.name, e.shape, e.dtype) for e in self._entries) or (
-            self._restored.variables if self._restored else ()
-        )
-        saved = self._saved()
-        counters = {name: saved.pop(name) for name, _ in self._state[:2] if name in _COUNTERS}
-        state |= {
+        return state | {
             "built": False,
-            "_backend": None,
-            "_entries": (),
-            "_index": {},
+            "_state": self._state.apart(),
             "_selections": {},
             "_recent": None,
             "_passes": None,
             "_latest": None,
-            "_names": None,
             "_excluded_variables": [],
             "_excluded_exact": self._excluded_by_name(),
-            "_restored": _Restored(held, saved) if held else None,
-            "_state": list(counters.items()),
         }
-        return state | {f"_{name}": value for name, value in counters.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -1500,23 +1356,12 @@ class Optimizer(_Base):
 for _method in [each for each in vars(Optimizer).values() if isfunction(each)]:
     vars(_method)["autograph_info__"] = {}
 
-_COUNTERS = ("iteration", "learning_rate")
-_NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
-_PASSES: dict[Pass, Pass] = {}
-_UPDATE = Pass(gradient=True, updates=True)
+_UPDATE = passes_of(Pass(gradient=True, updates=True)).step
 # For how many sets of variables with gradients an optimizer keeps what was prepared.
 _SELECTIONS = 1024
 
 
-def _make_nothing(sqrt: Any, maximum: Any) -> Any:
-    return lambda w, g, slots, c: (w, slots)
-
-
-# Micro-steps and averages of a subclass with its own `update_step` need no arithmetic of a rule.
-_no_rule = RuleKey(_make_nothing, ())
-
-
-def _slot_groups(rule: RuleKey | None) -> list[tuple[str, ...]]:
+def _slot_groups(rule: Rule | None) -> list[tuple[str, ...]]:
     """Slots are created variable by variable within a group, as Keras does: all but the third
     of Adam together, since its files have all `velocity_hat`s at the end.
     """
@@ -1546,86 +1391,6 @@ def _as_list(variables: Any) -> list[Any]:
     )
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    names = [entry.name for entry in entries]
-    return names if len(names) <= 12 else [*names[:12], f"... ({len(names)} in all)"]
-
-
-class _Names:
-    """Keras's way to tell variables of one name apart: dense, dense_1, dense_2."""
-
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self._taken = set(taken)
-        self._last: dict[str, int] = {}  # the number that a name was given last
-
-    def __len__(self) -> int:
-        return len(self._taken)
-
-    def unique(self, name: str) -> str:
-        found, i = name, self._last.get(name, 0)
-        while found in self._taken:
-            i += 1
-            found = f"{name}_{i}"
-        self._last[name] = i
-        self._taken.add(found)
-        return found
-
-
-def _initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Array:
-    if initializer == "zeros":
-        return np.zeros(shape, dtype)
-    if initializer == "ones":
-        return np.ones(shape, dtype)
-    if callable(initializer):
-        value = np.asarray(initializer(shape, dtype), dtype)
-        if value.shape == shape:
-            return value
-        raise ValueError(f"The initializer must return shape {shape}. Received {value.shape}.")
-    raise ValueError(
-        "`initializer` must be 'zeros', 'ones' or a callable (shape, dtype). Received: "
-        f"{initializer!r}"
-    )
-
-
-def _host(value: Any) -> Array:
-    """A value of any library as a NumPy array."""
-    backend = backend_of(value)
-    return np.asarray(value) if backend is None else backend.over([value]).numpy(value)
-
-
-def _copied(value: Any) -> Array:
-    return np.array(_host(value))
-
-
 def _is_schedule(value: Any) -> bool:
     """Whether it is a schedule, of ours or of Keras, which is not imported to find out."""
     return any(base.__name__ == "LearningRateSchedule" for base in type(value).__mro__)
-
-
-class Settings(NamedTuple):
-    """The numbers of a step that are of no rule."""
-
-    scale: Any
-    clipvalue: Any
-    weight_decay: Any
-    momentum: Any
-    one_minus_momentum: Any
-    threshold: Any  # of a norm
-
-
-_SETTINGS = len(Settings._fields)
-
-
-class Fixed(NamedTuple):
-    """What a compiled step may take as constant, and the numbers that are its arguments."""
-
-    version: tuple[Any, ...]  # of what the settings make of a step
-    rule: RuleKey
-    numbers: tuple[Any, ...]  # `Settings`, and what the rule needs
-
-
-class _Restored(NamedTuple):
-    """State from a pickle or a copy, until the variables that it is for are given."""
-
-    variables: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
-    state: dict[str, Array]  # beside the counters

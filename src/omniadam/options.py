@@ -21,11 +21,16 @@ class Option:
     Args:
         check: returns the value to store, or raises.
         structural: whether it decides which slots exist, so that it cannot change once they do.
+        or_callable: whether a callable without arguments will do, too; what it returns is checked
+            when it is called.
     """
 
-    def __init__(self, check: Check, *, structural: bool = False) -> None:
+    def __init__(
+        self, check: Check, *, structural: bool = False, or_callable: bool = False
+    ) -> None:
         self._check = check
         self._structural = structural
+        self._or_callable = or_callable
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -36,7 +41,8 @@ class Option:
 
     def __set__(self, instance: Any, value: Any) -> None:
         name, held = self._name, instance.__dict__
-        value = self._check(name, value)
+        if not (self._or_callable and callable(value)):
+            value = self._check(name, value)
         if self._structural and held.get("built") and value != held[name]:
             raise ValueError(
                 f"`{name}` decides which state the optimizer keeps, so it cannot be changed after "
@@ -45,6 +51,15 @@ class Option:
             )
         held[name] = value
         instance._settings_changed(name)
+
+
+def present(instance: Any, name: str) -> Any:
+    """The value of a setting at this step: what a callable returns is checked as a number is."""
+    value = getattr(instance, name)
+    if not callable(value):
+        return value
+    option = getattr(type(instance), name, None)
+    return option._check(name, value()) if isinstance(option, Option) else value()
 
 
 def check_overrides(kind: type, base: type, never_called: frozenset[str], instead: str) -> None:
@@ -76,11 +91,6 @@ def number(must: str, accepts: Callable[[float], bool], *, optional: bool = Fals
         return converted
 
     return check
-
-
-def or_callable(check: Check) -> Check:
-    """A callable without arguments will do, too; what it returns is checked when it is called."""
-    return lambda name, value: value if callable(value) else check(name, value)
 
 
 def as_float(value: Any) -> float | None:

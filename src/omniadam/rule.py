@@ -3,8 +3,8 @@
 The functions here are written once and bound to a compiler's or a library's own functions: Numba
 compiles them into the CPU kernels, XLA traces them, and NumPy or PyTorch runs them on whole arrays.
 They therefore use nothing but operators and the functions they are given, they hold no number of
-their own (a Python constant would widen float32 in a compiled kernel, so that zero and one arrive
-as coefficients too), and they never branch on a value, only on settings fixed before compilation.
+their own (a Python constant would widen float32 in a compiled kernel, so that zero arrives as a
+coefficient too), and they never branch on a value, only on settings fixed before compilation.
 
 Letters are the paper's (Kingma & Ba 2014, https://arxiv.org/abs/1412.6980); in the public surface
 they have Keras's names:
@@ -20,16 +20,73 @@ from typing import Any, NamedTuple, Protocol
 # A value of one element: a scalar inside a kernel, an array elsewhere.
 Value = Any
 Values = tuple[Value, ...]
-# What every rule is: (w, g, slots, coefficients) -> (w, slots).
-Rule = Callable[[Value, Value, Values, Values], tuple[Value, Values]]
+# What a rule's maker returns: (w, g, slots, coefficients) -> (w, slots).
+Update = Callable[[Value, Value, Values, Values], tuple[Value, Values]]
 
 
 class Functions(Protocol):
-    """The scalar functions that coefficients are computed with; `math` is the one of the host."""
+    """The functions of elements that a maker is given, those of one library or compiler.
+
+    `minimum` and `maximum` keep a NaN on either side. The condition of `where` is a comparison, or
+    a coefficient, which holds unless it is zero. `sign` of zero is zero.
+    """
+
+    def sqrt(self, x: Value, /) -> Value: ...
+    def divide(self, a: Value, b: Value, /) -> Value: ...
+    def maximum(self, a: Value, b: Value, /) -> Value: ...
+    def minimum(self, a: Value, b: Value, /) -> Value: ...
+    def where(self, condition: Value, a: Value, b: Value, /) -> Value: ...
+    def abs(self, x: Value, /) -> Value: ...
+    def sign(self, x: Value, /) -> Value: ...
+
+
+class NumberFunctions(Protocol):
+    """The functions that coefficients are computed with: of numbers of the host, or traced ones."""
 
     def sqrt(self, x: Value, /) -> Value: ...
     def expm1(self, x: Value, /) -> Value: ...
     def log(self, x: Value, /) -> Value: ...
+    def maximum(self, a: Value, b: Value, /) -> Value: ...
+    def where(self, condition: Value, a: Value, b: Value, /) -> Value: ...
+
+
+class Rule(NamedTuple):
+    """An update rule, by what makes it: so it can be bound to a library, compiled, and cached.
+
+    Args:
+        make: a function at the top level of a module, `(functions, **settings) -> update`, where
+            `functions` are `Functions` and `update(w, g, slots, coefficients)` returns the new
+            `(w, slots)` of one element. It uses operators, `functions` and its arguments only: it
+            holds no number of its own and branches on nothing but settings.
+        slots: the names of the state that is kept for each variable, in order.
+        coefficients: the names of the numbers that change from step to step, in order.
+        settings: names and values of the maker's settings, which are fixed before compilation.
+
+    Example:
+        >>> from omniadam.rule import Rule
+        >>> def make_descent(functions):
+        ...     def descent(w, g, slots, coefficients):
+        ...         (learning_rate,) = coefficients
+        ...         return w - learning_rate * g, slots
+        ...     return descent
+        >>> Rule(make_descent, slots=(), coefficients=("learning_rate",)).make is make_descent
+        True
+    """
+
+    make: Callable[..., Update]
+    slots: tuple[str, ...]
+    coefficients: tuple[str, ...]
+    settings: tuple[tuple[str, bool], ...] = ()
+
+    def bind(self, functions: Functions) -> Update:
+        """The update of one element by the functions of a library or compiler."""
+        return self.make(functions, **dict(self.settings))
+
+    @property
+    def identity(self) -> str:
+        """What it is, in words that are the same in another process."""
+        make = self.make
+        return repr((make.__module__, make.__qualname__, *self[1:]))
 
 
 class AdamCoefficients(NamedTuple):
@@ -42,7 +99,7 @@ class AdamCoefficients(NamedTuple):
 
 
 def adam_coefficients(
-    functions: Functions,
+    functions: NumberFunctions,
     learning_rate: Value,
     t: Value,
     beta_1: Value,
@@ -64,13 +121,13 @@ def adam_coefficients(
     )
 
 
-def memory(functions: Functions, beta: Value, short: bool = False) -> tuple[Value, Value]:
+def memory(functions: NumberFunctions, beta: Value, short: bool = False) -> tuple[Value, Value]:
     """What coefficients need of a beta: its logarithm, and the weight of a mean by it."""
     return functions.log(beta), beta if short else 1 - beta
 
 
 def adam_coefficients_by(
-    functions: Functions,
+    functions: NumberFunctions,
     learning_rate: Value,
     t: Value,
     log_1: Value,
@@ -89,11 +146,12 @@ def adam_coefficients_by(
     # cancel where t is traced in float32.
     correction_1 = -functions.expm1(t * log_1)
     correction_2 = functions.sqrt(-functions.expm1(t * log_2))
+    # By position: this is done at every step.
     return AdamCoefficients(
-        alpha=learning_rate * correction_2 / correction_1,
-        weight_1=weight_1,
-        weight_2=weight_2,
-        epsilon=epsilon if epsilon_hat else epsilon * correction_2,
+        learning_rate * correction_2 / correction_1,
+        weight_1,
+        weight_2,
+        epsilon if epsilon_hat else epsilon * correction_2,
     )
 
 
@@ -106,7 +164,7 @@ class OptaxCoefficients(NamedTuple):
 
 
 def optax_coefficients(
-    functions: Functions,
+    functions: NumberFunctions,
     t: Value,
     beta_1: Value,
     beta_2: Value,
@@ -126,8 +184,7 @@ def optax_coefficients(
 
 
 def make_adam(
-    sqrt: Callable[[Value], Value],
-    maximum: Callable[[Value, Value], Value],
+    functions: Functions,
     *,
     amsgrad: bool,
     short_1: bool = False,
@@ -135,43 +192,46 @@ def make_adam(
     nesterov: bool = False,
     rooted: bool = False,
     square: Callable[[Value], Value] | None = None,
-) -> Rule:
+) -> Update:
     """Adam (Kingma & Ba 2014) or, with `amsgrad`, AMSGrad (Reddi et al. 2018, Algorithm 2).
 
-    Slots are (m, v), or (m, v, v_hat) with `amsgrad`; `maximum` must propagate NaN. `short_1` and
-    `short_2` are for a beta below one half: the mean is then taken from the gradient's side, so
-    that of a far larger old value no more than its share is left, not its rounding as well. With
-    `nesterov` the step is made by the momentum that the next one would have if its gradient were
-    this one again (Dozat 2016, as optax has it); with `rooted` a constant is under the square root.
-    `square` is for numbers that may be complex: the square of their size, which is real.
+    Slots are (m, v), or (m, v, v_hat) with `amsgrad`. Coefficients are `AdamCoefficients`, and with
+    `nesterov` or `rooted` those of `OptaxCoefficients` after them. `short_1` and `short_2` are for
+    a beta below one half: the mean is then taken from the gradient's side, so that of a far larger
+    old value no more than its share is left, not its rounding as well. With `nesterov` the step is
+    made by the momentum that the next one would have if its gradient were this one again (Dozat
+    2016, as optax has it); with `rooted` a constant is under the square root. `square` is for
+    numbers that may be complex: the square of their size, which is real.
     """
+    sqrt, divide, maximum = functions.sqrt, functions.divide, functions.maximum
+    has_more = nesterov or rooted
 
-    def adam(w: Value, g: Value, slots: Values, c: Values) -> tuple[Value, Values]:
-        alpha, weight_1, weight_2, epsilon = c[0], c[1], c[2], c[3]
+    def adam(w: Value, g: Value, slots: Values, coefficients: Values) -> tuple[Value, Values]:
+        if has_more:
+            alpha, weight_1, weight_2, epsilon, ahead, fresh, under_root = coefficients
+        else:
+            alpha, weight_1, weight_2, epsilon = coefficients
         m, v = slots[0], slots[1]
         squared = g * g if square is None else square(g)
         m = g + (m - g) * weight_1 if short_1 else m + (g - m) * weight_1
         v = squared + (v - squared) * weight_2 if short_2 else v + (squared - v) * weight_2
-        step = m * c[4] + g * c[5] if nesterov else m
+        step = m * ahead + g * fresh if nesterov else m
         if amsgrad:
             v_hat = maximum(slots[2], v)
-            root = sqrt(v_hat + c[6]) if rooted else sqrt(v_hat)
-            return w - alpha * step / (root + epsilon), (m, v, v_hat)
-        root = sqrt(v + c[6]) if rooted else sqrt(v)
-        return w - alpha * step / (root + epsilon), (m, v)
+            root = sqrt(v_hat + under_root) if rooted else sqrt(v_hat)
+            return w - divide(alpha * step, root + epsilon), (m, v, v_hat)
+        root = sqrt(v + under_root) if rooted else sqrt(v)
+        return w - divide(alpha * step, root + epsilon), (m, v)
 
     return adam
 
 
-class RuleKey(NamedTuple):
-    """A rule by what makes it, so that it can be bound to a library, or compiled and cached."""
+def make_nothing(functions: Functions) -> Update:
+    """Of passes that are no step."""
+    return lambda w, g, slots, coefficients: (w, slots)
 
-    make: Callable[..., Rule]  # (sqrt, maximum, **settings) -> rule
-    slots: tuple[str, ...]
-    settings: tuple[tuple[str, bool], ...] = ()
 
-    def bind(self, sqrt: Callable[[Value], Value], maximum: Callable[..., Value]) -> Rule:
-        return self.make(sqrt, maximum, **dict(self.settings))
+NOTHING = Rule(make_nothing, slots=(), coefficients=())
 
 
 class Pass(NamedTuple):
@@ -193,10 +253,21 @@ class Pass(NamedTuple):
     decayed: bool = False  # weight_decay
     averaged: bool = False  # use_ema
     overwritten: bool = False  # ema_overwrite_frequency
+    # Names of `MEASURES`: what is summed over the elements of each variable.
+    measured: tuple[str, ...] = ()
+    measures_only: bool = False  # and nothing is overwritten
 
     @property
     def stores_variable(self) -> bool:
-        return self.updates or self.overwritten
+        return (self.updates or self.overwritten) and not self.measures_only
+
+    @property
+    def stores_slots(self) -> bool:
+        return self.updates and not self.measures_only
+
+    @property
+    def stores_accumulator(self) -> bool:
+        return self.accumulated and not self.measures_only
 
 
 class PassCoefficients(NamedTuple):
@@ -212,22 +283,20 @@ class PassCoefficients(NamedTuple):
     zero: Value = 0.0
 
 
-def make_gradient(
-    kind: Pass,
-    minimum: Callable[[Value, Value], Value],
-    maximum: Callable[[Value, Value], Value],
-) -> Callable[[Value, Value, Values], Value]:
+def make_gradient(kind: Pass, functions: Functions) -> Callable[[Value, Value, Values], Value]:
     """The gradient whose norm is taken: unscaled, and the mean of what accumulated."""
+    minimum, maximum, divide = functions.minimum, functions.maximum, functions.divide
     scaled, averages = kind.scaled, kind.accumulated and kind.updates
     by_value = kind.updates and kind.clipped_by_value and kind.value_first
 
-    def gradient(g: Value, accumulator: Value, c: Values) -> Value:
+    def gradient(g: Value, accumulator: Value, coefficients: Values) -> Value:
+        scale, steps, clipvalue, _, _, _, _, _ = coefficients
         if scaled:
-            g = g / c[0]
+            g = divide(g, scale)
         if averages:
-            g = (g + accumulator) / c[1]
+            g = divide(g + accumulator, steps)
         if by_value:
-            g = minimum(maximum(g, -c[2]), c[2])
+            g = minimum(maximum(g, -clipvalue), clipvalue)
         return g
 
     return gradient
@@ -235,19 +304,18 @@ def make_gradient(
 
 def make_element(
     kind: Pass,
-    rule: Rule,
+    update: Update,
     gradient: Callable[[Value, Value, Values], Value],
-    *,
-    minimum: Callable[[Value, Value], Value],
-    maximum: Callable[[Value, Value], Value],
-    where: Callable[[Value, Value, Value], Value],
+    functions: Functions,
     rounded: Callable[[Value], Value],
 ) -> Callable[..., tuple[Value, Values, Value, Value]]:
     """One element through one call of the optimizer, in the order of Keras's base_optimizer.py.
 
-    `gradient` is that of `make_gradient`, compiled where that is needed; `rounded` rounds a value
-    to what the variable can store, for float16 and bfloat16, and is the identity elsewhere.
+    `update` is a rule's and `gradient` that of `make_gradient`, both compiled where that is needed;
+    `rounded` rounds a value to what the variable can store, for float16 and bfloat16, and is the
+    identity elsewhere.
     """
+    minimum, maximum, where = functions.minimum, functions.maximum, functions.where
     has_gradient, updates, accumulated = kind.gradient, kind.updates, kind.accumulated
     by_factor, decayed = kind.clipped_by_factor, kind.decayed
     by_value = kind.clipped_by_value and not kind.value_first
@@ -261,35 +329,58 @@ def make_element(
         accumulator: Value,
         average: Value,
         factor: Value,
-        rule_c: Values,
-        c: Values,
+        rule_coefficients: Values,
+        coefficients: Values,
     ) -> tuple[Value, Values, Value, Value]:
+        _, _, clipvalue, decay, momentum, fresh, overwrite, zero = coefficients
         if has_gradient:
-            g = gradient(g, accumulator, c)
+            g = gradient(g, accumulator, coefficients)
             if updates:
                 if accumulated:
-                    accumulator = c[7]  # cleared by assignment: 0 * NaN would stay NaN
+                    accumulator = zero  # cleared by assignment: 0 * NaN would stay NaN
                 if by_factor:
                     g = g * factor
                 if by_value:
-                    g = minimum(maximum(g, -c[2]), c[2])
+                    g = minimum(maximum(g, -clipvalue), clipvalue)
                 if negated:
                     g = -g
                 if penalised:
-                    g = g + w * c[3]
+                    g = g + w * decay
                 if decayed:
-                    w = w - w * c[3]
-                w, slots = rule(w, g, slots, rule_c)
+                    w = w - w * decay
+                w, slots = update(w, g, slots, rule_coefficients)
                 w = rounded(w)
             else:
                 accumulator = accumulator + g
         if averaged:
-            average = c[4] * average + c[5] * w
+            average = momentum * average + fresh * w
             if overwritten:
-                w = rounded(where(c[6], average, w))
+                w = rounded(where(overwrite, average, w))
         return w, slots, accumulator, average
 
     return element
+
+
+# --- what a pass measures: of each variable, the sum of the squares of one of these values ---
+
+# (g, w before the pass, w after it) -> value, where g is the gradient of `make_gradient`.
+Measure = Callable[[Value, Value, Value], Value]
+
+
+def make_gradient_measure(functions: Functions) -> Measure:
+    """Its sum is the square of the norm of a gradient."""
+    return lambda g, before, after: g
+
+
+def make_change_measure(functions: Functions) -> Measure:
+    """Its sum is the square of the norm of what a step changed."""
+    return lambda g, before, after: after - before
+
+
+MEASURES: dict[str, Callable[[Functions], Measure]] = {
+    "gradient": make_gradient_measure,
+    "change": make_change_measure,
+}
 
 
 def clip_factor(functions: Any, norm: Value, threshold: Value) -> Value:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain, repeat
 from operator import is_, itemgetter, setitem
 from typing import Any, NamedTuple
@@ -21,23 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import optimizer
 
-from . import options, versions
-from .adam import _ADAM, _AMSGRAD, by_memory
+from . import fast, options, versions
+from .adam import ADAM, AMSGRAD, by_memory
 from .backends import sharded
-from .backends.base import Entry, Selection
+from .backends.base import Entry, Group, Selection
 from .backends.host import Numbers
-from .backends.torch import Scalars, Torch, TorchDevice, TorchMemory, _is_plain, _writing
+from .backends.torch import DeviceNumbers, Torch, TorchDevice, TorchMemory, _is_plain, _writing
 from .kernels.cpu import Work
-from .rule import (
-    Pass,
-    PassCoefficients,
-    RuleKey,
-    adam_coefficients,
-    clip_factor,
-    clip_factor_global,
-)
+from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
+from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
 
 versions.check("torch", torch.__version__)
 
@@ -204,14 +196,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     def _is_observed(self) -> bool:
         if type(self).step is not _STEP:  # then torch has wrapped that one
             return False
-        try:
-            hooks = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
-            if hooks or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
-                return True
-            # What is being compiled cannot ask.
-            return not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
-        except AttributeError:  # another version of torch has other names for them
-            return True
+        return _is_observed(self)
 
     def _closed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -256,18 +241,18 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             if is_skipped or (count == 0 and self._is_initialisation()):
                 return
             factors = self._clip_factors(work, scale)
-            sweeps = [
-                bucket.sweep(self.param_groups[bucket.group], factors.get(bucket, ()), scale)
+            plan = [
+                bucket.planned(self.param_groups[bucket.group], factors.get(bucket, ()), scale)
                 for bucket, _ in work
             ]
-            for (bucket, gradients), sweep in zip(work, sweeps, strict=True):
-                bucket.add_to(whole, gradients, sweep)
+            for (bucket, gradients), planned in zip(work, plan, strict=True):
+                bucket.add_to(whole, gradients, planned)
         except BaseException:
             self._undo(replaced, count)
             raise
         whole.whole(whole.do)
-        for (bucket, gradients), sweep in zip(work, sweeps, strict=True):
-            bucket.advance(gradients, sweep)
+        for (bucket, gradients), planned in zip(work, plan, strict=True):
+            bucket.advance(gradients, planned)
         if scale != 1.0:
             self._unscale(scale)
 
@@ -374,16 +359,20 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 mesh.add_up(places)
         every = [each for squares in sums.values() for each in squares]
         devices = [each.device for each in every if isinstance(each, Tensor)]
-        norm = Scalars.sqrt(sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in every))
+        norm = DeviceNumbers.sqrt(
+            sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in every)
+        )
         factors: dict[_Bucket, list[Any]] = {}
         for bucket, squares in sums.items():
             group = groups[bucket.group]
             limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
             if limit is not None:
-                factors[bucket] = [clip_factor(Scalars, Scalars.sqrt(s), limit) for s in squares]
+                factors[bucket] = NormClip().factors(
+                    DeviceNumbers, map(DeviceNumbers.sqrt, squares), limit
+                )
             elif global_limit is not None:
-                factor = bucket.number(clip_factor_global(Scalars, norm, global_limit))
-                factors[bucket] = [factor] * len(squares)
+                (factor,) = NormClip(joint=True).factors(DeviceNumbers, [norm], global_limit)
+                factors[bucket] = [bucket.number(factor)] * len(squares)
         return factors
 
     # --- averages ---
@@ -476,6 +465,14 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
 
 _STEP = Adam.step
+if fast.is_enabled():
+    from .fast.torch import is_observed as _is_observed
+else:
+
+    def _is_observed(stepping: Any) -> bool:
+        return True  # torch's own wrapper looks
+
+
 _PREPARED = ("_is_watched", "_params", "_sizes", "_absent", "_buckets", "_meshes", "_are_flat")
 
 
@@ -576,15 +573,14 @@ _REFUSED = {
 }
 
 
-_pass = cache(Pass)  # a plan belongs to one of these objects
+_NORMS = {
+    scaled: passes_of(Pass(gradient=True, updates=True, scaled=scaled)).norm
+    for scaled in (False, True)
+}
 
 
-_AVERAGE = Pass(gradient=False, averaged=True)
-_SQUARES = {scaled: Pass(gradient=True, updates=True, scaled=scaled) for scaled in (False, True)}
-
-
-class Settings(NamedTuple):
-    """The settings of a group as a step uses them."""
+class GroupSettings(NamedTuple):
+    """What stands in a parameter group, as a step uses it."""
 
     rate: float
     beta_1: float
@@ -593,13 +589,9 @@ class Settings(NamedTuple):
     epsilon_hat: bool
     short_1: bool
     short_2: bool
-    decay: float
-    decoupled: bool
-    clipvalue: float
-    averaged: bool
-    momentum: float
-    kind: Pass
-    rule: RuleKey
+    others: StepSettings
+    passes: Passes
+    rule: Rule
 
 
 _TORCHS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -613,7 +605,7 @@ def _is_fixed(group: Mapping[str, Any]) -> bool:
     return type(betas) is tuple and all(type(each) in plain for each in (*betas, *others))
 
 
-def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> Settings:
+def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> GroupSettings:
     """The settings that stand in a group now, whoever put them there.
 
     Raises:
@@ -631,7 +623,7 @@ def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> Settings
             f"`betas` must be two numbers with 0 <= value < 1. Received: {group['betas']!r}"
         )
     decoupled, clipvalue = bool(group["decoupled_weight_decay"]), extras["clipvalue"]
-    kind = _pass(
+    step = Pass(
         gradient=True,
         updates=True,
         scaled=scaled,
@@ -643,32 +635,18 @@ def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> Settings
         averaged=extras["use_ema"],
     )
     short = {"short_1": beta_1 < 0.5, "short_2": beta_2 < 0.5}
-    return Settings(
+    momentum = extras["ema_momentum"]
+    return GroupSettings(
         rate=rate,
         beta_1=beta_1,
         beta_2=beta_2,
         epsilon=_number("eps", group["eps"]),
         epsilon_hat=extras["epsilon_hat"],
         **short,
-        decay=decay,
-        decoupled=decoupled,
-        clipvalue=clipvalue or 0.0,
-        averaged=extras["use_ema"],
-        momentum=extras["ema_momentum"],
-        kind=kind,
-        rule=by_memory(_AMSGRAD if group["amsgrad"] else _ADAM, **short),
+        others=StepSettings(1.0, clipvalue or 0.0, decay, momentum, 1.0 - momentum),
+        passes=passes_of(step),
+        rule=known(by_memory(AMSGRAD if group["amsgrad"] else ADAM, **short)),
     )
-
-
-class Sweep(NamedTuple):
-    """What a backend is asked to do with a bucket, beside its gradients."""
-
-    kind: Pass
-    rule: RuleKey
-    selection: Selection
-    factors: Sequence[Any]
-    rule_c: Sequence[float]
-    pass_c: PassCoefficients
 
 
 # A dictionary that holds the state of a parameter, and what it held before.
@@ -812,6 +790,8 @@ class _Bucket:
 
     def is_current(self, state: Any, group: Mapping[str, Any]) -> bool:
         """Whether the state is what was prepared for, and counts what it was left to count."""
+        if not fast.is_enabled():
+            return False
         if _slot_names(group) != self._names:
             return False
         if not self.has_state:
@@ -863,8 +843,9 @@ class _Bucket:
 
     def square_sums(self, gradients: Any, scale: float) -> list[Any]:
         """The sum of squares of each gradient, of the part of it that is here."""
+        kind, pass_c = _NORMS[scale != 1.0], PassCoefficients(scale)
         found: list[Any] = self._backend.square_sums(
-            _SQUARES[scale != 1.0], _ADAM, self._selection, gradients, PassCoefficients(scale)
+            Group(kind, NOTHING, self._selection, (), pass_c), gradients
         )
         return found
 
@@ -872,7 +853,9 @@ class _Bucket:
         """A factor that may be on another device, in the form that the backend takes."""
         return float(factor) if isinstance(self._backend, TorchMemory) else factor
 
-    def sweep(self, group: Mapping[str, Any], factors: Sequence[Any], scale: float) -> Sweep | None:
+    def planned(
+        self, group: Mapping[str, Any], factors: Sequence[Any], scale: float
+    ) -> Group | None:
         """What the backend is to do in this step; without gradients, only the averages."""
         scaled, clipped = scale != 1.0, bool(factors)
         held = [scaled, clipped, *map(group.get, _READ)]
@@ -880,50 +863,45 @@ class _Bucket:
             self._settings = _settings(group, scaled, clipped)
             self._held, self._is_fixed = held, _is_fixed(group)
         now = self._settings
-        # The first average is the parameter itself, not a step from zero towards it.
-        momentum = now.momentum if self._t else 0.0
+        kind, others = now.passes.step, now.others
+        if scaled:
+            others = others._replace(scale=scale)
+        pass_c = pass_coefficients(Numbers, kind, others, now.rate, self._t)
         if self.is_absent:
-            if not now.averaged:
-                return None
-            pass_c = PassCoefficients(momentum=momentum, one_minus_momentum=1.0 - momentum)
-            return Sweep(_AVERAGE, _ADAM, self._idle, (), _NO_RULE_C, pass_c)
-        decay = self._lost(now.decay * now.rate) if now.decoupled else now.decay
-        return Sweep(
-            now.kind,
-            now.rule,
-            self._selection,
-            factors,
-            adam_coefficients(
-                Numbers,
-                now.rate,
-                self._t + 1.0,
-                now.beta_1,
-                now.beta_2,
-                now.epsilon,
-                epsilon_hat=now.epsilon_hat,
-                short_1=now.short_1,
-                short_2=now.short_2,
-            ),
-            PassCoefficients(scale, 1.0, now.clipvalue, decay, momentum, 1.0 - momentum),
+            average = now.passes.average
+            return Group(average, NOTHING, self._idle, (), pass_c) if average.averaged else None
+        if kind.decayed:
+            pass_c = pass_c._replace(decay=self._lost(pass_c.decay))
+        rule_c = adam_coefficients(
+            Numbers,
+            now.rate,
+            self._t + 1.0,
+            now.beta_1,
+            now.beta_2,
+            now.epsilon,
+            epsilon_hat=now.epsilon_hat,
+            short_1=now.short_1,
+            short_2=now.short_2,
         )
+        return Group(kind, now.rule, self._selection, rule_c, pass_c, factors)
 
-    def add_to(self, whole: Work, gradients: Any, sweep: Sweep | None) -> None:
+    def add_to(self, whole: Work, gradients: Any, planned: Group | None) -> None:
         """Make the step, and its count, part of what is done as a whole, in the host's memory."""
-        if sweep is None or not isinstance(self._backend, TorchMemory):
+        if planned is None or not isinstance(self._backend, TorchMemory):
             return
         gradients.work = whole
-        self._backend.sweep(*sweep[:3], gradients, *sweep[3:])
+        self._backend.sweep(planned, gradients)
         if not self.is_absent:
             counted = map(setitem, self._counts, repeat(...), repeat(self._t + 1.0))
             whole.calls.append((list, counted))
 
-    def advance(self, gradients: Any, sweep: Sweep | None) -> None:
+    def advance(self, gradients: Any, planned: Group | None) -> None:
         """Make the step elsewhere, and note that it was made."""
-        if sweep is None:
+        if planned is None:
             return
         is_on_host = isinstance(self._backend, TorchMemory)
         if not is_on_host:
-            self._backend.sweep(*sweep[:3], gradients, *sweep[3:])
+            self._backend.sweep(planned, gradients)
         if self.is_absent:
             return
         if not self._is_plain:
@@ -944,9 +922,6 @@ class _Bucket:
         """
         rest = 1.0 - decay
         return 1.0 - (rest if self._is_double else float(np.float32(rest)))
-
-
-_NO_RULE_C = (0.0, 0.0, 0.0, 0.0)
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:

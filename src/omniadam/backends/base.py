@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..rule import Pass, RuleKey
+from .. import fast
+from ..rule import Pass, PassCoefficients, Rule
 
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float32", "float64", *HALVES)
@@ -81,12 +82,72 @@ class Selection:
 
     entries: tuple[Entry, ...]
     rest: tuple[Entry, ...]
-    # What the backend prepared for these entries.
-    prepared: dict[Any, Any] = field(default_factory=dict)
+    # What the backend prepared for these entries, in a form of its own.
+    prepared: Any = None
     constrained: tuple[Entry, ...] = field(init=False)
+    # Whether their constraints have been tried once.
+    is_tried: bool = False
 
     def __post_init__(self) -> None:
         self.constrained = tuple(e for e in self.entries if e.constraint is not None)
+
+
+class Group(NamedTuple):
+    """What one pass does with entries that share coefficients."""
+
+    kind: Pass
+    rule: Rule
+    selection: Selection
+    rule_c: Sequence[Any]
+    pass_c: PassCoefficients
+    factors: Sequence[Any] = ()  # what each gradient is multiplied by, if the pass clips by that
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Those with gradients, or of a pass without gradients the rest."""
+        return self.selection.entries if self.kind.gradient else self.selection.rest
+
+
+# What a pass measured, to be called once the step is done: of each entry, in order, a sum for each
+# name in `Pass.measured`, as numbers or as the library's scalars.
+Sums = Callable[[], list[tuple[Any, ...]]]
+
+
+def nothing_measured() -> list[tuple[Any, ...]]:
+    """Of a pass that measures nothing."""
+    return []
+
+
+# What makes a step: of a selection, with gradients as they were gathered, a rate or None for the
+# optimizer's own, and a `step.Step`.
+Advance = Callable[[Selection, Any, Any, Any], None]
+
+
+class Fast(ABC):
+    """What a library has only to be fast; `OMNIADAM_FAST=0` leaves it out. One backend's."""
+
+    @abstractmethod
+    def note(self, selection: Selection, gathered: Any) -> None:
+        """Note what was just checked at length and gathered, to recognise it at the next step."""
+
+    @abstractmethod
+    def recognise(self, selection: Selection, gradients: list[Any], variables: list[Any]) -> Any:
+        """What `Backend.gather` would return, if a glance shows that all is as at the last step;
+        else None.
+        """
+
+
+class Stateless(NamedTuple):
+    """An optimizer as a function of values: what `Backend.stateless_apply` needs of it."""
+
+    optimizer: Any  # of which a copy can make a step in place
+    is_fused: bool  # whether there is no `update_step` of a user's
+    entries: tuple[Entry, ...]
+    named: Sequence[tuple[str, Any]]  # the state
+    # Gradients, checked, and the selection that has them.
+    examined: Callable[[list[Any]], tuple[Selection, list[Any]]]
+    rate_and_step: Callable[[], tuple[Any, Any]]
+    advance: Advance
 
 
 class Overtaken(Exception):
@@ -106,17 +167,24 @@ class Backend(ABC):
     functions: ClassVar[Any]
     # Functions of a number or an array of the library, for schedules: see `functions_of`.
     elementwise: ClassVar[Any]
+    # `rule.Functions` of the library's arrays.
+    arrays: ClassVar[Any]
 
     # Where values cannot be overwritten: makes what stands for a variable of another library that
     # holds such a value, by its `value` and `assign`.
     holder: ClassVar[Any] = None
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Sequence[Any] = ()) -> None:
         # Steps follow one another, whichever threads make them: what reads state and overwrites
         # it has this.
         self.turn = threading.RLock()
         self.steps = 0  # that were made in turn
         self._basis = _Basis()
+        self.fast: Any = self.make_fast() if fast.is_enabled() else None
+
+    def make_fast(self) -> Fast | None:
+        """What this library has only to be fast."""
+        return None
 
     @contextmanager
     def step_in_turn(self) -> Iterator[None]:
@@ -154,9 +222,14 @@ class Backend(ABC):
             self.turn.acquire()
 
     @classmethod
+    def kind_for(cls, variables: Sequence[Any]) -> type[Backend]:
+        """The class for these variables, all of its library."""
+        return cls
+
+    @classmethod
     def over(cls, variables: Sequence[Any]) -> Backend:
         """A backend for these variables, all of its library."""
-        return cls()
+        return cls.kind_for(variables)(variables)
 
     @abstractmethod
     def describe(self, variable: Any, name: str) -> Entry:
@@ -262,23 +335,26 @@ class Backend(ABC):
 
         Only there to be fast: whatever is not recognised is checked at length.
         """
-        return None
+        if self.fast is None:
+            return None
+        return self.fast.recognise(selection, gradients, variables)
 
     def run(
         self,
-        step: Callable[[Selection, Any, Any, Any], None],
+        advance: Advance,
         selection: Selection,
         gradients: Any,
         rate: Any,
-        fixed: Any,
+        step: Any,
     ) -> Any:
-        """Do `step(selection, gradients, rate, fixed)`, as a compiled whole where that pays.
+        """Do `advance(selection, gradients, rate, step)`, as a compiled whole where that pays.
 
-        `gradients` and `rate` change from call to call; a compiled step serves one `fixed`. What
-        is returned is the number of calls after this one, or None to have it read.
+        `gradients` and `rate` change from call to call, and so may the numbers of `step`; a
+        compiled step serves one `step.version`. What is returned is the number of calls after this
+        one, or None to have it read.
         """
         with self.step_in_turn():
-            step(selection, gradients, rate, fixed)
+            advance(selection, gradients, rate, step)
 
     def untraced(self) -> AbstractContextManager[Any]:
         """In which what is assigned is no part of a function that is traced now."""
@@ -335,60 +411,38 @@ class Backend(ABC):
         return self.array(variable)
 
     @abstractmethod
-    def square_sums(
-        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
-    ) -> list[Any]:
-        """The sum of squares of each gradient, in at least the precision of the arithmetic."""
+    def square_sums(self, group: Group, gradients: Any) -> list[Any]:
+        """What a pass finds that measures gradients only: the sum of squares of each, in at least
+        the precision of the arithmetic.
+        """
 
-    def norms(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        pass_c: Any,
-        *,
-        joint: bool,
-    ) -> list[Any]:
+    def norms(self, group: Group, gradients: Any, *, joint: bool) -> list[Any]:
         """The Euclidean norm of each gradient; or, alone in a list, that over all of them."""
-        sums = self.square_sums(kind, rule, selection, gradients, pass_c)
+        sums = self.square_sums(group, gradients)
         return list(map(self.functions.sqrt, [sum(sums)] if joint else sums))
 
     @abstractmethod
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        rule_c: Sequence[Any],
-        pass_c: Sequence[Any],
-    ) -> None:
-        """Take every element of the selection (of its rest, if `kind` has no gradient) through
-        `rule.make_element`, in place.
+    def sweep(self, group: Group, gradients: Any) -> Sums:
+        """Take every element of the group through `rule.make_element`, in place.
+
+        Returns:
+            What the pass measures.
         """
 
     @abstractmethod
     def update_each(
-        self,
-        kind: Pass,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        pass_c: Sequence[Any],
-        update: Callable[[Any, Entry], None],
+        self, group: Group, gradients: Any, update: Callable[[Any, Entry], None]
     ) -> None:
         """As `sweep`, with `update(gradient, entry)` for a rule, one variable after another."""
 
     @abstractmethod
     def stateless_apply(
-        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
+        self, call: Stateless, state: list[Any], gradients: list[Any], variables: list[Any]
     ) -> tuple[list[Any], list[Any]]:
         """New variables and new state, with everything that is passed in as it was."""
 
     @abstractmethod
-    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         """Do one or the other, by a condition that may be traced."""
 
     @abstractmethod

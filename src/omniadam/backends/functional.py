@@ -16,13 +16,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from ..rule import Pass, RuleKey, make_element, make_gradient
-from .base import Backend, Entry, Selection
+from ..rule import MEASURES, make_element, make_gradient
+from .base import Advance, Backend, Entry, Group, Selection, Stateless, Sums, nothing_measured
 
-# Each by identity of a variable: the variable and its present value.
-Cells = dict[int, tuple[Any, Any]]
+# A variable and its present value.
+Cell = tuple[Any, Any]
+# Each by identity of its variable.
+Cells = dict[int, Cell]
+# A step as a function of values, gradients, a rate or None, and numbers: the new values.
+Pure = Callable[..., list[Any]]
 
 
 @dataclass(eq=False)
@@ -31,7 +35,7 @@ class Call:
 
     cells: Cells
     reachable: list[Any]  # the variables that it may touch
-    how: str  # the library runs it, in a word of that library's
+    how: str  # it runs, in a word of who runs it; nothing for a step that is run as it is
     has_turn: bool
     stored: set[int] = field(default_factory=set)  # by identity: variables that are overwritten
 
@@ -42,15 +46,17 @@ class _OfThread(threading.local):
     counts: dict[int, Any] | None = None
 
 
+class NotOurs(Exception):
+    """The step calls an `update_step` that a user wrote, which is run as it is."""
+
+
 class Functional(Backend):
     """A backend whose step is a function of arrays."""
 
-    # sqrt, maximum, minimum, cast(x, dtype), sum_of_squares, broadcast_like(x, array), and
-    # where(c, a, b): a where the number c is not zero, else b.
-    arrays: ClassVar[Any]
+    # `arrays` has more: cast(x, dtype), sum_of_squares, broadcast_like(x, array).
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, variables: Sequence[Any] = ()) -> None:
+        super().__init__(variables)
         self._here = _OfThread()
 
     @abstractmethod
@@ -60,6 +66,10 @@ class Functional(Backend):
     @abstractmethod
     def store(self, variable: Any, value: Any) -> None:
         """Overwrite the variable by an array of its shape and type."""
+
+    def is_count(self, value: Any) -> bool:
+        """Whether a value is of an integer type, as counters are and nothing else."""
+        raise NotImplementedError
 
     def cond(
         self, condition: Any, yes: Callable[..., Any], no: Callable[..., Any], values: list[Any]
@@ -146,21 +156,52 @@ class Functional(Backend):
             here.call = outer
         return call.stored
 
+    def changes(
+        self,
+        step: Callable[[], None],
+        selection: Selection,
+        how: str = "",
+        *,
+        has_turn: bool = False,
+    ) -> list[Cell]:
+        """The variables that a step overwrites, with their new values; nothing is stored."""
+        cells: Cells = {}
+        stored = self.inline(step, selection, cells, how, has_turn=has_turn)
+        return [cell for key, cell in cells.items() if key in stored]
+
+    def counts_in(self, changed: Sequence[Cell]) -> dict[int, Any]:
+        """The counters among what a step changed, by their identities."""
+        return {id(variable): value for variable, value in changed if self.is_count(value)}
+
+    def store_all(self, changed: Sequence[Cell]) -> None:
+        """Or nothing, if this is interrupted."""
+        before = [(variable, self.load(variable)) for variable, _ in changed]
+        try:
+            for variable, value in changed:
+                self.store(variable, value)
+        except BaseException:
+            for variable, value in before:
+                self.store(variable, value)
+            raise
+
+    def note_counts(self, counts: dict[int, Any]) -> None:
+        """Note what a step counted up to, for the thread that made it to ask for by `count`."""
+        self._here.counts = counts
+
     def run(
         self,
-        step: Callable[[Selection, Any, Any, Any], None],
+        advance: Advance,
         selection: Selection,
         gradients: Any,
         rate: Any,
-        fixed: Any,
+        step: Any,
     ) -> None:
-        cells: Cells = {}
         with self.step_in_turn():
-            stored = self.inline(
-                lambda: step(selection, gradients, rate, fixed), selection, cells, has_turn=True
+            changed = self.changes(
+                lambda: advance(selection, gradients, rate, step), selection, has_turn=True
             )
-            for key in stored:
-                self.store(*cells[key])
+            self.store_all(changed)
+        self.note_counts(self.counts_in(changed))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -168,12 +209,14 @@ class Functional(Backend):
         if call is None or not call.has_turn:
             yield
             return
-        self._flush(call)
+        self.flush()
         with super().aside():
             yield
 
-    def _flush(self, call: Call) -> None:
+    def flush(self) -> None:
         """Store what is in cells, and forget it: what comes now reads the variables."""
+        call = self._here.call
+        assert call is not None
         for key, cell in call.cells.items():
             if key in call.stored:
                 self.store(*cell)
@@ -181,7 +224,7 @@ class Functional(Backend):
         call.cells.clear()
         call.stored.clear()
 
-    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         # Both ways must return the same cells, so it is all that a step can touch.
         call = self._here.call
         assert call is not None
@@ -190,7 +233,7 @@ class Functional(Backend):
             self.read(variable)
         before, keys = call.cells, list(touched)
 
-        def on(action: Callable[[], None]) -> Callable[[list[Any]], list[Any]]:
+        def on(action: Callable[[], Any]) -> Callable[[list[Any]], list[Any]]:
             def run(values: list[Any]) -> list[Any]:
                 call.cells = dict(before)
                 for key, value in zip(keys, values, strict=True):
@@ -207,6 +250,50 @@ class Functional(Backend):
             before[key] = before[key][0], value
         call.stored.update(keys)
 
+    # --- a step as a function ---
+
+    def check_stateless(self, call: Stateless) -> None:
+        """Raise an error if this optimizer's step is no function of values."""
+
+    def fitting(self, value: Any, name: str, variable: Any, *, is_state: bool) -> Any:
+        """A value that `stateless_apply` is given, in its variable's shape and dtype."""
+        raise NotImplementedError
+
+    def densified(self, gradients: list[Any]) -> list[Any]:
+        """Checked gradients, none of them sparse any more."""
+        return gradients
+
+    def run_pure(
+        self, pure: Pure, selection: Selection, arguments: tuple[Any, ...], step: Any
+    ) -> list[Any]:
+        """What a pure function returns, or a program that is compiled of it."""
+        return pure(*arguments)
+
+    def stateless_apply(
+        self, call: Stateless, state: list[Any], gradients: list[Any], variables: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        self.check_stateless(call)
+        owners = [*((e.name, e.variable) for e in call.entries), *call.named]
+        count = len(call.entries)
+        values = [
+            self.fitting(value, name, variable, is_state=i >= count)
+            for i, (value, (name, variable)) in enumerate(
+                zip((*variables, *state), owners, strict=True)
+            )
+        ]
+        selection, gradients = call.examined(gradients)
+        gradients = self.densified(gradients)
+        rate, step = call.rate_and_step()
+
+        def pure(values: list[Any], gradients: list[Any], rate: Any, numbers: Any) -> list[Any]:
+            cells = {id(v): (v, x) for (_, v), x in zip(owners, values, strict=True)}
+            now = step.by(numbers)
+            self.inline(lambda: call.advance(selection, gradients, rate, now), selection, cells)
+            return [cells[id(v)][1] for _, v in owners]
+
+        new = self.run_pure(pure, selection, (values, gradients, rate, step.numbers), step)
+        return new[:count], new[count:]
+
     # --- passes ---
 
     def gather(self, selection: Selection, gradients: list[Any]) -> list[Any]:
@@ -216,115 +303,98 @@ class Functional(Backend):
         # What was computed on the host stays a number, which takes the type of what it meets.
         return tuple(v if isinstance(v, float) else self.arrays.cast(v, dtype) for v in values)
 
-    def square_sums(
-        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
-    ) -> list[Any]:
-        return [
-            self.arrays.sum_of_squares(g) for g in self._applied(kind, selection, gradients, pass_c)
-        ]
+    def square_sums(self, group: Group, gradients: Any) -> list[Any]:
+        return [self.arrays.sum_of_squares(g) for g in self._applied(group, gradients)]
 
-    def _applied(self, kind: Pass, selection: Selection, gradients: Any, pass_c: Any) -> list[Any]:
+    def _applied(self, group: Group, gradients: Any) -> list[Any]:
         """Gradients as they are to be applied, before they are clipped by a norm."""
-        gradient_of = make_gradient(kind, self.arrays.minimum, self.arrays.maximum)
+        kind = group.kind
+        gradient_of = make_gradient(kind, self.arrays)
         applied = []
-        for entry, g in zip(selection.entries, gradients, strict=True):
+        for entry, g in zip(group.entries, gradients, strict=True):
             accumulator = self.read(entry.accumulator) if kind.accumulated else None
             g = self.arrays.cast(g, entry.slot_dtype)
-            coefficients = self._coefficients(pass_c, entry.slot_dtype)
+            coefficients = self._coefficients(group.pass_c, entry.slot_dtype)
             applied.append(gradient_of(g, accumulator, coefficients))
         return applied
 
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        rule_c: Sequence[Any],
-        pass_c: Sequence[Any],
-    ) -> None:
-        for i, entry in enumerate(selection.entries if kind.gradient else selection.rest):
+    def sweep(self, group: Group, gradients: Any) -> Sums:
+        update = group.rule.bind(self.arrays)
+        found = [
             self._pass_over(
-                kind,
-                rule.bind(self.arrays.sqrt, self.arrays.maximum),
+                group,
+                update,
                 entry,
-                gradients[i] if kind.gradient else None,
-                factors[i] if len(factors) else None,
-                self._coefficients(rule_c, entry.slot_dtype),
-                self._coefficients(pass_c, entry.slot_dtype),
+                gradients[i] if group.kind.gradient else None,
+                group.factors[i] if len(group.factors) else None,
+                entry.slots if group.kind.stores_slots else (),
+                self._coefficients(group.rule_c, entry.slot_dtype),
             )
+            for i, entry in enumerate(group.entries)
+        ]
+        return (lambda: found) if group.kind.measured else nothing_measured
 
     def _pass_over(
         self,
-        kind: Pass,
-        rule: Any,
+        group: Group,
+        update: Any,
         entry: Entry,
         gradient: Any,
         factor: Any,
+        slots: Sequence[Any],
         rule_c: Sequence[Any],
-        pass_c: Sequence[Any],
-    ) -> None:
-        arrays, dtype = self.arrays, entry.slot_dtype
-
+    ) -> tuple[Any, ...]:
+        arrays, dtype, kind = self.arrays, entry.slot_dtype, group.kind
+        pass_c = self._coefficients(group.pass_c, dtype)
+        gradient_of = make_gradient(kind, arrays)
         element = make_element(
             kind._replace(decayed=kind.decayed and entry.decayed),
-            rule,
-            make_gradient(kind, arrays.minimum, arrays.maximum),
-            minimum=arrays.minimum,
-            maximum=arrays.maximum,
-            where=arrays.where,
+            update,
+            gradient_of,
+            arrays,
             rounded=lambda w: w if entry.dtype == dtype else self.rounded(w, entry),
         )
-        w, slots, accumulator, average = element(
-            arrays.cast(self.read(entry.variable), dtype),
-            None if gradient is None else arrays.cast(gradient, dtype),
-            tuple(self.read(slot) for slot in entry.slots) if kind.updates else (),
-            self.read(entry.accumulator) if kind.accumulated else None,
+        before = arrays.cast(self.read(entry.variable), dtype)
+        gradient = None if gradient is None else arrays.cast(gradient, dtype)
+        accumulated = self.read(entry.accumulator) if kind.accumulated else None
+        w, new_slots, accumulator, average = element(
+            before,
+            gradient,
+            tuple(map(self.read, slots)),
+            accumulated,
             self.read(entry.average) if kind.averaged else None,
             factor if factor is None else arrays.cast(factor, dtype),
             rule_c,
             pass_c,
         )
-        if kind.updates:
-            for slot, new in zip(entry.slots, slots, strict=True):
-                self.write(slot, new)
-        if kind.accumulated:
+        for slot, new in zip(slots, new_slots, strict=True):
+            self.write(slot, new)
+        if kind.stores_accumulator:
             self.write(entry.accumulator, accumulator)
         if kind.averaged:
             self.write(entry.average, average)
         if kind.stores_variable:
             self.write(entry.variable, arrays.cast(w, entry.dtype))
+        g = gradient_of(gradient, accumulated, pass_c) if kind.measured else None
+        values = [MEASURES[name](arrays)(g, before, w) for name in kind.measured]
+        return tuple(map(arrays.sum_of_squares, values))
 
     def rounded(self, value: Any, entry: Entry) -> Any:
         """What is left of a value in a 16-bit variable, in the type of the arithmetic."""
         return self.arrays.cast(self.arrays.cast(value, entry.dtype), entry.slot_dtype)
 
     def update_each(
-        self,
-        kind: Pass,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        pass_c: Sequence[Any],
-        update: Callable[[Any, Entry], None],
+        self, group: Group, gradients: Any, update: Callable[[Any, Entry], None]
     ) -> None:
-        for i, entry in enumerate(selection.entries):
+        for i, entry in enumerate(group.entries):
 
             def rule(w: Any, g: Any, slots: Any, c: Any, entry: Entry = entry) -> Any:
                 self.write(entry.variable, self.arrays.cast(w, entry.dtype))
                 self._outside(lambda: update(g, entry))
                 return self.arrays.cast(self.read(entry.variable), entry.slot_dtype), slots
 
-            self._pass_over(
-                kind,
-                rule,
-                entry,
-                gradients[i],
-                factors[i] if len(factors) else None,
-                (),
-                self._coefficients(pass_c, entry.slot_dtype),
-            )
+            factor = group.factors[i] if len(group.factors) else None
+            self._pass_over(group, rule, entry, gradients[i], factor, (), ())
 
     def _outside(self, action: Callable[[], None]) -> None:
         """Do what reads and writes variables by itself: they must hold what the cells do."""
@@ -333,7 +403,7 @@ class Functional(Backend):
         if call is None:
             action()
             return
-        self._flush(call)
+        self.flush()
         with self.aside():
             here.call = None
             try:

@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import setitem
 from typing import Any, ClassVar
 
@@ -17,9 +18,9 @@ import numpy.typing as npt
 from .. import options
 from ..kernels import layout
 from ..kernels.cpu import STORAGE, SparseRows, Work, threads
-from ..kernels.layout import Odd, Operand, Plan
-from ..rule import Pass, RuleKey, make_element, make_gradient
-from .base import Backend, Entry, Latest, Overtaken, Selection
+from ..kernels.layout import Odd, Operand, Plan, in_order
+from ..rule import Pass, Rule, make_element, make_gradient
+from .base import Advance, Backend, Entry, Group, Latest, Overtaken, Selection, Stateless, Sums
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +60,7 @@ class Numbers:
         return a if a < b or a != a else b
 
 
-class Arrays:
+class Elementwise:
     """Functions of NumPy arrays, in double precision."""
 
     minimum, maximum, where = np.minimum, np.maximum, np.where
@@ -77,24 +78,49 @@ _NO_FACTORS = array("d")
 _PLANS = 32
 
 
+Plans = tuple[Plan | None, list[int], Pass, Rule]
+
+
+@dataclass(eq=False)
+class Located:
+    """What is prepared for a selection for as long as its variables and state lie where they do.
+
+    Another thread may be in the middle of a step with one that was made before.
+    """
+
+    places: list[Any]  # address, shape, strides and dtype of each
+    memory: list[tuple[int, int]]  # the spans that a step writes to, in order
+    operands: list[Operand]
+    compiled: list[bool]  # whether kernels take an operand as it lies in memory
+    odd_rest: dict[int, Any]  # those of the rest that they do not
+    # By the identities of a pass and a rule, which are kept for ever.
+    plans: dict[Any, Plans] = field(default_factory=dict)
+    # Likewise beside some gradients that no kernel takes as they lie in memory.
+    odd_plans: Latest = field(default_factory=lambda: Latest(_PLANS))
+    # What tells that all is as it was, of the library's `Fast`.
+    known: Any = None
+    # What passes write to and must say so, by their identities (PyTorch).
+    written: dict[Any, list[Any]] = field(default_factory=dict)
+
+
 class Gradients:
     """Gradients of one step: addresses of the regular ones, and by position the odd ones.
 
     `native` are the gradients themselves, which must live as long as their addresses are used, and
-    `prepared` is what the selection had prepared when they were gathered. While `work` is set,
+    `located` is what the selection had prepared when they were gathered. While `work` is set,
     passes over them are not done but added to it.
     """
 
-    __slots__ = ("addresses", "native", "odd", "prepared", "work")
+    __slots__ = ("addresses", "located", "native", "odd", "work")
 
     def __init__(
         self,
         addresses: array[int],
         native: list[Any],
         odd: dict[int, Any],
-        prepared: dict[Any, Any],
+        located: Located,
     ) -> None:
-        self.addresses, self.native, self.odd, self.prepared = addresses, native, odd, prepared
+        self.addresses, self.native, self.odd, self.located = addresses, native, odd, located
         self.work: StepWork | None = None
 
 
@@ -111,7 +137,8 @@ class HostMemory(Backend):
     """A backend whose variables lie in the host's memory, so that the CPU kernels reach them."""
 
     functions: ClassVar[Any] = Numbers
-    elementwise: ClassVar[Any] = Arrays
+    elementwise: ClassVar[Any] = Elementwise
+    arrays: ClassVar[Any] = layout.OnNumPy
 
     def view(self, variable: Any) -> Array:
         """The memory of a variable, slot or gradient as an array."""
@@ -152,8 +179,8 @@ class HostMemory(Backend):
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         plain = array("q", [0] * len(gradients))
         odd: dict[int, Any] = {}
-        prepared = self._located(selection)
-        written, operands, compiled = prepared["memory"], prepared["operands"], prepared["compiled"]
+        located = self._located(selection)
+        written, operands, compiled = located.memory, located.operands, located.compiled
         for i, (gradient, entry) in enumerate(zip(gradients, selection.entries, strict=True)):
             if isinstance(gradient, SparseRows):
                 odd[i] = gradient, gradient.values.dtype.name
@@ -166,166 +193,117 @@ class HostMemory(Backend):
                 plain[i] = values.ctypes.data
             else:
                 odd[i] = values, dtype
-        return Gradients(plain, gradients, odd, prepared)
+        gathered = Gradients(plain, gradients, odd, located)
+        if self.fast is not None:
+            self.fast.note(selection, gathered)
+        return gathered
 
     def is_located(self, selection: Selection) -> bool:
         """Whether a glance shows that everything lies where it did when it was located last."""
         return False
 
-    def _located(self, selection: Selection) -> dict[Any, Any]:
-        """What is prepared for where variables and state lie now; for other places it is dropped.
-
-        Another thread may be in the middle of a step with what was prepared before.
-        """
-        if self.is_located(selection):
-            return selection.prepared
+    def _located(self, selection: Selection) -> Located:
+        """What is prepared for where variables and state lie now."""
+        before: Located | None = selection.prepared
+        if before is not None and self.is_located(selection):
+            return before
         entries = *selection.entries, *selection.rest
         Backend.check_built(self, entries)
         operands = [self.operand(entry) for entry in entries]
         places = [
             (a.ctypes.data, a.shape, a.strides, a.dtype) for o in operands for a in _arrays(o)
         ]
-        if selection.prepared.get("places") != places:
-            for entry, operand in zip(entries, operands, strict=True):
-                _check_state(entry, operand)
-            self.check_distinct(entries)
-            selection.prepared = {
-                "places": places,
-                "memory": _spans(operands),
-                "operands": operands,
-                "compiled": [layout.compiled_for(operand, None) for operand in operands],
-                "odd plans": Latest(_PLANS),
-            }
-        return selection.prepared
+        if before is not None and before.places == places:
+            return before
+        for entry, operand in zip(entries, operands, strict=True):
+            _check_state(entry, operand)
+        self.check_distinct(entries)
+        compiled = [layout.compiled_for(operand, None) for operand in operands]
+        rest = zip(selection.rest, compiled[len(selection.entries) :], strict=True)
+        selection.prepared = located = Located(
+            places,
+            _spans(operands),
+            operands,
+            compiled,
+            {i: (None, entry.dtype) for i, (entry, is_) in enumerate(rest) if not is_},
+        )
+        return located
 
     def _plan(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        prepared: dict[Any, Any],
-        odd: dict[int, Any],
+        self, group: Group, located: Located, odd: dict[int, Any]
     ) -> tuple[Plan | None, list[int]]:
         """The plan for the regular entries (of the rest, if the pass reads no gradient)."""
-        # The optimizer keeps its passes and rule, and to hash what they hold takes a microsecond.
-        key = (id(kind), id(rule), *odd)
+        # The planner keeps passes and rules, and to hash what they hold takes a microsecond.
+        key = (id(group.kind), id(group.rule), *odd)
         if odd:  # in ever other sets of gradients, perhaps
-            found = prepared["odd plans"].found(
-                key, lambda: self._new_plan(kind, rule, selection, prepared, odd)
-            )
+            found = located.odd_plans.found(key, lambda: self._new_plan(group, located, odd))
         else:
-            found = prepared.get(key)
+            found = located.plans.get(key)
             if found is None:
-                found = prepared[key] = self._new_plan(kind, rule, selection, prepared, odd)
+                found = located.plans[key] = self._new_plan(group, located, odd)
         plan, regular, *_ = found
         return plan, regular
 
-    def _new_plan(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        prepared: dict[Any, Any],
-        odd: dict[int, Any],
-    ) -> tuple[Plan | None, list[int], Pass, RuleKey]:
-        operands: list[Operand] = prepared["operands"]
-        if kind.gradient:
-            entries = selection.entries
-        else:
-            operands, entries = operands[len(selection.entries) :], selection.rest
+    def _new_plan(self, group: Group, located: Located, odd: dict[int, Any]) -> Plans:
+        entries, operands = group.entries, self._operands(group, located)
         regular = [i for i in range(len(entries)) if i not in odd]
         plan = None
         if regular:
             plan = Plan(
-                kind,
-                rule,
+                group.kind,
+                group.rule,
                 [operands[i] for i in regular],
                 [entries[i].decayed for i in regular],
                 self.threads,
             )
         # The pass and the rule live as long as the key that has their identities.
-        return plan, regular, kind, rule
+        return plan, regular, group.kind, group.rule
 
-    def _odd_of(self, kind: Pass, selection: Selection, gradients: Gradients) -> dict[int, Any]:
-        if kind.gradient:
-            return gradients.odd
-        prepared = gradients.prepared
-        found: dict[int, Any] | None = prepared.get("odd rest")
-        if found is None:
-            compiled = prepared["compiled"][len(selection.entries) :]
-            found = prepared["odd rest"] = {
-                i: (None, selection.rest[i].dtype) for i, is_ in enumerate(compiled) if not is_
-            }
-        return found
+    def _operands(self, group: Group, located: Located) -> list[Operand]:
+        of_gradients = len(group.selection.entries)
+        operands = located.operands
+        return operands[:of_gradients] if group.kind.gradient else operands[of_gradients:]
 
-    def _odd_pass(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        prepared: dict[Any, Any],
-        i: int,
-        odd: Any,
-    ) -> Odd:
-        entry = (selection.entries if kind.gradient else selection.rest)[i]
-        operands: list[Operand] = prepared["operands"]
-        operand = operands[i if kind.gradient else len(selection.entries) + i]
-        gradient, dtype = odd
-        kind = kind._replace(decayed=kind.decayed and entry.decayed)
-        return Odd(kind, rule, operand, gradient, dtype, self.threads)
-
-    def square_sums(
-        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
-    ) -> list[float]:
-        pass_c = array("d", pass_c)
-        odd, prepared = gradients.odd, gradients.prepared
-        plan, regular = self._plan(kind, rule, selection, prepared, odd)
-        if not odd and plan is not None:
-            return plan.square_sums(gradients.addresses, pass_c)
-        sums = [0.0] * len(selection.entries)
-        if plan is not None:
-            addresses = array("q", [gradients.addresses[i] for i in regular])
-            for i, value in zip(regular, plan.square_sums(addresses, pass_c), strict=True):
-                sums[i] = value
-        for i, each in odd.items():
-            odd_pass = self._odd_pass(kind, rule, selection, prepared, i, each)
-            sums[i] = odd_pass.square_sum(pass_c)
-        return sums
-
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[float],
-        rule_c: Sequence[float],
-        pass_c: Sequence[float],
-    ) -> None:
-        # An array is made of a plain tuple in half the time that one of named fields takes.
-        rule_c, pass_c = array("d", tuple(rule_c)), array("d", tuple(pass_c))
-        factors = array("d", factors) if factors else _NO_FACTORS
-        odd, prepared = self._odd_of(kind, selection, gradients), gradients.prepared
-        plan, regular = self._plan(kind, rule, selection, prepared, odd)
+    def _add_to(self, work: Work, group: Group, gradients: Gradients) -> Sums:
+        """Make a pass part of what is done as a whole."""
+        coefficients = array("d", (*group.pass_c, *group.rule_c))
+        factors = array("d", group.factors) if group.factors else _NO_FACTORS
+        located = gradients.located
+        odd = gradients.odd if group.kind.gradient else located.odd_rest
+        plan, regular = self._plan(group, located, odd)
         addresses = gradients.addresses
-        work = Work() if gradients.work is None else gradients.work
-        if odd:
-            if kind.gradient:
+        if plan is not None and not odd:
+            return plan.add_to(work, addresses, factors, coefficients)
+        parts: list[tuple[list[int], Sums]] = []
+        if plan is not None:
+            if group.kind.gradient:
                 addresses = array("q", [addresses[i] for i in regular])
             chosen = array("d", [factors[i] for i in regular]) if factors else factors
-            if plan is not None:
-                plan.add_to(work, addresses, chosen, rule_c, pass_c)
-            for i, each in odd.items():
-                one = array("d", [factors[i]]) if factors else factors
-                odd_pass = self._odd_pass(kind, rule, selection, prepared, i, each)
-                odd_pass.add_to(work, one, rule_c, pass_c)
-        elif plan is not None:
-            plan.add_to(work, addresses, factors, rule_c, pass_c)
-        if gradients.work is None:
-            work.whole(work.do)
+            parts.append((regular, plan.add_to(work, addresses, chosen, coefficients)))
+        entries, operands = group.entries, self._operands(group, located)
+        for i, (gradient, dtype) in odd.items():
+            kind = group.kind._replace(decayed=group.kind.decayed and entries[i].decayed)
+            one = array("d", [factors[i]]) if factors else factors
+            each = Odd(kind, group.rule, operands[i], gradient, dtype, self.threads)
+            parts.append(([i], each.add_to(work, one, coefficients)))
+        return lambda: in_order(parts)
+
+    def square_sums(self, group: Group, gradients: Any) -> list[float]:
+        work = Work()
+        sums = self._add_to(work, group, gradients)
+        work.do()
+        return [total for (total,) in sums()]
+
+    def sweep(self, group: Group, gradients: Any) -> Sums:
+        if gradients.work is not None:
+            return self._add_to(gradients.work, group, gradients)
+        work = Work()
+        sums = self._add_to(work, group, gradients)
+        work.whole(work.do)
+        return sums
 
     def clear(self, selection: Selection, gradients: Any) -> None:
-        operands: list[Operand] = gradients.prepared["operands"]
+        operands = gradients.located.operands
         for operand in operands[len(selection.entries) :]:
             assert operand.accumulator is not None
             gradients.work.calls.append((operand.accumulator.fill, 0.0))
@@ -342,11 +320,11 @@ class HostMemory(Backend):
 
     def run(
         self,
-        step: Callable[[Selection, Any, Any, Any], None],
+        advance: Advance,
         selection: Selection,
         gradients: Any,
         rate: Any,
-        fixed: Any,
+        step: Any,
     ) -> int:
         """Prepare the step, in which users' functions are run, and then do it: whole or not at all.
 
@@ -354,7 +332,7 @@ class HostMemory(Backend):
         """
         while True:
             gradients.work = work = StepWork()
-            step(selection, gradients, rate, fixed)
+            advance(selection, gradients, rate, step)
             calls: int | None = work.whole(self._made, work)
             if calls is not None:
                 if selection.constrained:
@@ -391,16 +369,11 @@ class HostMemory(Backend):
         return options.rate("learning_rate", value)  # type: ignore[no-any-return]
 
     def update_each(
-        self,
-        kind: Pass,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[float],
-        pass_c: Sequence[float],
-        update: Callable[[Any, Entry], None],
+        self, group: Group, gradients: Any, update: Callable[[Any, Entry], None]
     ) -> None:
         gradients.work.is_begun = True
-        for i, entry in enumerate(selection.entries):
+        kind, functions = group.kind, self.arrays
+        for i, entry in enumerate(group.entries):
             gradient, w = gradients.native[i], self.floats(entry.variable, entry)
             if isinstance(gradient, SparseRows):
                 rows, gradient = gradient, np.zeros(entry.shape, entry.slot_dtype)
@@ -417,15 +390,13 @@ class HostMemory(Backend):
             element = make_element(
                 kind._replace(decayed=kind.decayed and entry.decayed),
                 rule,
-                make_gradient(kind, self.elementwise.minimum, self.elementwise.maximum),
-                minimum=self.elementwise.minimum,
-                maximum=self.elementwise.maximum,
-                where=Numbers.where,  # whether to overwrite is the same for all elements
+                make_gradient(kind, functions),
+                functions,
                 rounded=lambda w: w,
             )
-            factor = factors[i] if factors else 1.0
+            factor = group.factors[i] if group.factors else 1.0
             w, _, accumulator, average = element(
-                w, g, (), entry.accumulator, entry.average, factor, (), pass_c
+                w, g, (), entry.accumulator, entry.average, factor, (), group.pass_c
             )
             if kind.accumulated:
                 self.assign(entry.accumulator, accumulator)
@@ -435,11 +406,11 @@ class HostMemory(Backend):
                 self.assign(entry.variable, w)
 
     def stateless_apply(
-        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
+        self, call: Stateless, state: list[Any], gradients: list[Any], variables: list[Any]
     ) -> tuple[list[Any], list[Any]]:
-        return twin_apply(optimizer, state, gradients, variables, self.copied)
+        return twin_apply(call.optimizer, state, gradients, variables, self.copied)
 
-    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         yes() if condition else no()
 
 

@@ -50,9 +50,7 @@ class KerasVariables(Backend):
                 f"Keras's {keras.backend.backend()} backend keeps its values in a library that "
                 f"omniadam does not know: {type(values[0])}."
             )
-        backend = library.over(values)
-        backend.__class__ = _combined(type(backend))
-        return backend
+        return _combined(library.kind_for(values))(values)
 
     def name_of(self, variable: Any) -> str | None:
         return str(variable.path)

@@ -11,11 +11,9 @@ import numpy.typing as npt
 from ..kernels import layout
 from ..kernels.cpu import SparseRows
 from ..kernels.layout import Operand
-from ..kernels.ndarrays import Inspector
-from ..kernels.ndarrays import usable as can_inspect
 from ..sparse import IndexedSlices
-from .base import FLOATS, Entry, Selection, received
-from .host import Gradients, HostMemory
+from .base import FLOATS, Entry, Fast, received
+from .host import HostMemory
 
 Array = npt.NDArray[Any]
 
@@ -24,6 +22,11 @@ class NumPy(HostMemory):
     """Variables are writable `np.ndarray`s."""
 
     name: ClassVar[str] = "numpy"
+
+    def make_fast(self) -> Fast:
+        from ..fast.numpy import FastNumPy
+
+        return FastNumPy()
 
     def view(self, variable: Array) -> Array:
         return layout.stored(variable)
@@ -116,35 +119,6 @@ class NumPy(HostMemory):
                 f"{gradient.dtype}; the variable has dtype {entry.dtype}."
             )
         return _usable(np.asarray(gradient))
-
-    def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
-        gathered = super().gather(selection, gradients)
-        prepared = gathered.prepared
-        if "inspector" not in prepared:
-            # Noted where the memory was looked at, not at the next step: it may be other by then.
-            own = [entry.variable for entry in selection.entries]
-            every = [
-                each
-                for e in (*selection.entries, *selection.rest)
-                for each in (e.variable, *e.slots, e.accumulator, e.average)
-                if each is not None
-            ]
-            usable = can_inspect() and all(map(Inspector.takes, every))
-            given = {id(variable) for variable in own}
-            others = [each for each in every if id(each) not in given]
-            inspector = Inspector(own, others, prepared["memory"]) if usable else None
-            prepared["inspector"] = inspector
-        return gathered
-
-    def recognise(
-        self, selection: Selection, gradients: list[Any], variables: list[Any]
-    ) -> Gradients | None:
-        prepared = selection.prepared
-        inspector = prepared.get("inspector")
-        if inspector is None:
-            return None
-        addresses = inspector.addresses(gradients, variables)
-        return None if addresses is None else Gradients(addresses, gradients, {}, prepared)
 
     def differentiate(
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]

@@ -1,53 +1,50 @@
 """TensorFlow: `tf.Variable`s, eagerly, inside a `tf.function`, and in a graph of TensorFlow 1.
 
-An eager step is one call of a function that is compiled for it, by XLA where XLA takes it. Inside
-a user's `tf.function` the step is traced in place. In a graph of TensorFlow 1 it is an operation,
-and under a `tf.distribute.Strategy` it runs once on each replica, on the sum of the gradients.
+An eager step is one operation after the other. Inside a user's `tf.function` the step is traced in
+place. In a graph of TensorFlow 1 it is an operation, and under a `tf.distribute.Strategy` it runs
+once on each replica, on the sum of the gradients.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
 from itertools import count
-from operator import is_
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
 from .. import options, versions
-from ..rule import Pass, RuleKey
 from ..sparse import unmasked
-from .base import FLOATS, HALVES, Entry, Latest, Selection, received, takes_arguments
-from .functional import Cells, Functional
+from .base import (
+    FLOATS,
+    HALVES,
+    Advance,
+    Entry,
+    Fast,
+    Group,
+    Selection,
+    Stateless,
+    Sums,
+    received,
+    takes_arguments,
+)
+from .functional import Functional, NotOurs
 from .host import Numbers
 
 versions.check("tensorflow", tf.__version__)
 
-try:  # Not public, and only there to be fast.
-    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext as _is_for_xla
-except ImportError:  # pragma: no cover
-
-    def _is_for_xla(graph: Any) -> bool:
-        return True  # for which norms are slower, and exact everywhere
-
-
-Step = Callable[[Selection, Any, Any, Any], None]
-# How many steps a selection keeps compiled, by what the settings make of a step.
-_KEPT = 16
 _made = count()
-# How a step is traced as a program: in one part, or in parts that XLA compiles one by one. Or it is
-# computed at once, and stored later.
-_WHOLE, _IN_PARTS, _APART = "whole", "in parts", "apart"
-# Whether what is traced now is compiled by XLA as part of an eager step.
-_by_xla: ContextVar[bool] = ContextVar("omniadam_by_xla", default=False)
+# How a step is run: computed at once, and stored later.
+_APART = "apart"
 # Whether the order of reads and writes is what the step says of it, and nothing else.
 _spelled_out: ContextVar[bool] = ContextVar("omniadam_spelled_out", default=False)
 
@@ -56,7 +53,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, tf.Tensor)
 
 
-def _cast(value: Any, dtype: Any) -> Any:
+def of_dtype(value: Any, dtype: Any) -> Any:
     """A tensor of a number too, which `tf.cast` would round to float32 first."""
     return tf.cast(value, dtype) if _is_tensor(value) else tf.constant(value, dtype)
 
@@ -70,7 +67,7 @@ def _minimum(a: Any, b: Any) -> Any:
     return tf.where((a < b) | tf.math.is_nan(a), a, b)
 
 
-class Scalars(Numbers):
+class TensorNumbers(Numbers):
     """Functions of the coefficients of a step: of numbers of the host, or of float64 tensors."""
 
     @staticmethod
@@ -97,17 +94,20 @@ class Scalars(Numbers):
     def where(condition: Any, a: Any, b: Any) -> Any:
         if not _is_tensor(condition):
             return a if condition else b
-        return tf.where(condition, _cast(a, tf.float64), _cast(b, tf.float64))
+        return tf.where(condition, of_dtype(a, tf.float64), of_dtype(b, tf.float64))
 
 
 class Arrays:
     """The functions that the rule is bound to."""
 
     sqrt, maximum, minimum = tf.sqrt, _maximum, _minimum
+    divide, abs, sign = operator.truediv, tf.abs, tf.sign
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
-        return tf.where(condition > 0, a, b)
+        is_truth = _is_tensor(condition) and condition.dtype == tf.bool
+        # In a graph of TensorFlow 1, != compares objects.
+        return tf.where(condition if is_truth else tf.not_equal(condition, 0), a, b)
 
     @staticmethod
     def cast(x: Any, dtype: str) -> Any:
@@ -115,47 +115,14 @@ class Arrays:
 
     @staticmethod
     def sum_of_squares(x: Any) -> Any:
-        total = _sum_by_halves(x * x) if _in_xla() else 2 * tf.nn.l2_loss(x)
-        return tf.cast(total, tf.float64)
+        # In double precision it neither overflows, nor underflows, nor loses digits of a long sum,
+        # whatever compiles it.
+        return tf.reduce_sum(tf.square(tf.cast(x, tf.float64)))
 
     @staticmethod
     def broadcast_like(value: Any, like: Any) -> Any:
-        value = _cast(value, like.dtype)
+        value = of_dtype(value, like.dtype)
         return value if value.shape == like.shape else tf.broadcast_to(value, like.shape)
-
-
-def _in_xla() -> bool:
-    return _by_xla.get() or bool(_is_for_xla(tf.compat.v1.get_default_graph()))
-
-
-def _least(gradient: Any) -> float:
-    """The sum of squares above which those that underflow do not count."""
-    info: Any = np.finfo(gradient.dtype.as_numpy_dtype)
-    size: int = gradient.shape.num_elements()
-    return size * 4.0 * float(info.tiny) / float(info.eps)
-
-
-def _in_double(gradients: Sequence[Any]) -> Any:
-    """Sums of squares that do neither overflow nor underflow, of what is float32."""
-    return tf.stack([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in gradients])
-
-
-_LANES = 128
-
-
-def _sum_by_halves(x: Any) -> Any:
-    """XLA's own sum takes a nanosecond for each element on a CPU; adding halves is vectorised."""
-    whole = math.prod(x.shape) // _LANES * _LANES
-    if not whole:
-        return tf.reduce_sum(tf.cast(x, tf.float64))
-    flat = tf.reshape(x, [-1])
-    columns, lanes = tf.reshape(flat[:whole], [-1, _LANES]), _LANES
-    while lanes > 16:
-        lanes //= 2
-        columns = columns[:, :lanes] + columns[:, lanes:]
-    # It also loses digits of a long sum, so that it is given double precision.
-    total = tf.reduce_sum(tf.cast(columns, tf.float64))
-    return total + tf.reduce_sum(tf.cast(flat[whole:], tf.float64))
 
 
 class Elementwise:
@@ -174,21 +141,20 @@ class TensorFlow(Functional):
     """Variables are `tf.Variable`s, those of a strategy among them."""
 
     name: ClassVar[str] = "tensorflow"
-    functions: ClassVar[Any] = Scalars
+    functions: ClassVar[Any] = TensorNumbers
     elementwise: ClassVar[Any] = Elementwise
     arrays: ClassVar[Any] = Arrays
-    # Whether eager steps are compiled by XLA; where it cannot, they are not.
-    jit_compile: ClassVar[bool] = True
 
     def __init__(self, variables: Sequence[Any] = ()) -> None:
-        super().__init__()
+        super().__init__(variables)
         first = variables[0] if variables else None
         self._strategy: Any = _strategy_of(first)
         self._home = getattr(first, "device", None)  # where state lies that belongs to no variable
 
-    @classmethod
-    def over(cls, variables: Sequence[Any]) -> TensorFlow:
-        return cls(variables)
+    def make_fast(self) -> Fast:
+        from ..fast.tensorflow import FastTensorFlow
+
+        return FastTensorFlow(self)
 
     # --- variables ---
 
@@ -249,6 +215,9 @@ class TensorFlow(Functional):
     def is_traced(self, value: Any) -> bool:
         # In a graph of TensorFlow 1 what is done at once is done in a session.
         return bool(tf.is_symbolic_tensor(value)) and not _in_graph_of_1()
+
+    def is_count(self, value: Any) -> bool:
+        return bool(value.dtype.is_integer)
 
     def has(self, variable: Any) -> bool:
         return isinstance(variable, tf.Variable) and _strategy_of(variable) is self._strategy
@@ -400,85 +369,64 @@ class TensorFlow(Functional):
                 "so that every replica would update the same ones. Create them under "
                 "strategy.scope()."
             )
+        elif self.fast is not None:
+            self.fast.note(selection, gradients)
         return gradients
-
-    def recognise(
-        self, selection: Selection, gradients: list[Any], variables: list[Any]
-    ) -> list[Any] | None:
-        known = selection.prepared.get("known")
-        if known is None:
-            known = selection.prepared["known"] = Known(selection)
-        if self._strategy is None and tf.executing_eagerly() and not tf.distribute.has_strategy():
-            return gradients if known.fits(gradients, variables) else None
-        return None
 
     # --- a step ---
 
-    def run(self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
+    def run(
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
+    ) -> None:
         if self._strategy is not None:
             run = self._run_on_replicas
         elif tf.executing_eagerly():
             run = self._run_eagerly
         elif _is_ordered():
-            run = self._run_here
+            run = self.run_here
         else:
             run = self._run_as_operation
-        self._here.counts = run(step, selection, gradients, rate, fixed)
+        self.note_counts(run(advance, selection, gradients, rate, step))
 
-    def _run_here(
+    def run_here(
         self,
-        step: Step,
+        advance: Advance,
         selection: Selection,
         gradients: Any,
         rate: Any,
-        fixed: Any,
+        step: Any,
         how: str = "",
         *,
         has_turn: bool = False,
     ) -> dict[int, Any]:
         """A step where the call is, on tensors that may be symbolic; the counters after it."""
-        cells: Cells = {}
-        stored = self.inline(
-            lambda: step(selection, gradients, rate, fixed),
-            selection,
-            cells,
-            how,
-            has_turn=has_turn,
+        changed = self.changes(
+            lambda: advance(selection, gradients, rate, step), selection, how, has_turn=has_turn
         )
-        changed = [cell for key, cell in cells.items() if key in stored]
         if tf.executing_eagerly():
-            self._store_all(changed)
+            self.store_all(changed)
         else:
             # If computing a gradient is an error, nothing is to be stored, the count neither.
             with nullcontext() if how else tf.control_dependencies(gradients):
                 for variable, value in changed:
                     self.store(variable, value)
-        return {id(v): value for v, value in changed if value.dtype.is_integer}
-
-    def _store_all(self, changed: Sequence[tuple[Any, Any]]) -> None:
-        """Or nothing, if this is interrupted."""
-        before = [(variable, self.load(variable)) for variable, _ in changed]
-        try:
-            for variable, value in changed:
-                self.store(variable, value)
-        except BaseException:
-            for variable, value in before:
-                self.store(variable, value)
-            raise
+        return self.counts_in(changed)
 
     def _run_eagerly(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any]:
+        arguments = advance, selection, gradients, rate, step
         if selection.constrained:
-            return self._run_constrained(step, selection, gradients, rate, fixed)
-        version, rule, numbers = fixed
-        programs = selection.prepared.setdefault("programs", Latest(_KEPT))
-        program = programs.found(
-            (version, rule, rate is None, *(g.dtype for g in gradients)),
-            lambda: Program(self, step, selection, gradients, rate, fixed),
-        )
-        new: dict[int, Any] = program(gradients, rate, numbers)
-        return new
+            return self._run_constrained(*arguments)
+        if self.fast is not None:
+            counts: dict[int, Any] = self.fast.run(*arguments)
+            return counts
+        return self.run_in_turn(*arguments)
+
+    def run_in_turn(self, *arguments: Any) -> dict[int, Any]:
+        """A step as it is, eagerly."""
+        with self.step_in_turn():
+            return self.run_here(*arguments, has_turn=True)
 
     def _run_constrained(self, *arguments: Any) -> dict[int, Any]:
         """A step with functions of the user's, which are called anew and see what is then so."""
@@ -488,33 +436,28 @@ class TensorFlow(Functional):
                 counts = self._run_apart(*arguments)
             return counts
         except NotOurs:
-            with self.step_in_turn():
-                return self._run_here(*arguments, has_turn=True)
+            return self.run_in_turn(*arguments)
 
     def _run_apart(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any] | None:
         """A step that has the turn only to store what was computed; None if it is of no use now."""
-        cells: Cells = {}
-        stored = self.inline(
-            lambda: step(selection, gradients, rate, fixed), selection, cells, _APART
-        )
-        changed = [cell for key, cell in cells.items() if key in stored]
-        counts = [(variable, value) for variable, value in changed if value.dtype.is_integer]
+        changed = self.changes(lambda: advance(selection, gradients, rate, step), selection, _APART)
+        counts = [(variable, value) for variable, value in changed if self.is_count(value)]
         with self.step_in_turn():
             if any(self.load(variable) + 1 != value for variable, value in counts):
                 return None
-            self._store_all(changed)
-        return {id(variable): value for variable, value in counts}
+            self.store_all(changed)
+        return self.counts_in(changed)
 
     def _run_on_replicas(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any]:
-        run = self._run_here if _is_ordered() else self._run_spelled_out
+        run = self.run_here if _is_ordered() else self._run_spelled_out
 
         # What reads and writes a variable here, once a replica, does so on that replica's own.
         def here(_: Any, gradients: Any, rate: Any) -> dict[int, Any]:
-            return run(step, selection, gradients, rate, fixed)
+            return run(advance, selection, gradients, rate, step)
 
         def on_each(strategy: Any, gradients: Any, rate: Any) -> Any:
             first = selection.entries[0].variable
@@ -526,7 +469,7 @@ class TensorFlow(Functional):
         return {key: local(count)[0] for key, count in counts.items()}
 
     def _run_as_operation(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any]:
         """A step in a graph that runs only what is asked for: whoever asks for a count of those
         returned has the whole of it.
@@ -534,11 +477,11 @@ class TensorFlow(Functional):
         entries = (*selection.entries, *selection.rest)
         if not all(hasattr(e.variable, "handle") for e in entries):
             # No resources, which a function cannot write to.
-            return self._run_spelled_out(step, selection, gradients, rate, fixed)
+            return self._run_spelled_out(advance, selection, gradients, rate, step)
         keys: list[int] = []
 
         def omniadam_step(gradients: list[Any], rate: Any) -> list[Any]:
-            counts = self._run_here(step, selection, gradients, rate, fixed)
+            counts = self.run_here(advance, selection, gradients, rate, step)
             keys.extend(counts)
             return list(counts.values())
 
@@ -546,25 +489,21 @@ class TensorFlow(Functional):
         return dict(zip(keys, counts, strict=True))
 
     def _run_spelled_out(
-        self, step: Step, selection: Selection, gradients: Any, rate: Any, fixed: Any
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any]:
         """The same without a function: read when the gradients are there, write when all is
         computed, and only then count.
         """
-        cells: Cells = {}
         token = _spelled_out.set(True)
         try:
             with tf.control_dependencies(gradients):
-                stored = self.inline(
-                    lambda: step(selection, gradients, rate, fixed), selection, cells
-                )
+                changed = self.changes(lambda: advance(selection, gradients, rate, step), selection)
         finally:
             _spelled_out.reset(token)
-        changed = [cell for key, cell in cells.items() if key in stored]
         with tf.control_dependencies([value for _, value in changed]):
             stores = [self.store(variable, value) for variable, value in changed]
         with tf.control_dependencies(stores):
-            return {id(v): tf.identity(x) for v, x in changed if x.dtype.is_integer}
+            return {key: tf.identity(x) for key, x in self.counts_in(changed).items()}
 
     def check_run(self) -> None:
         # Without the private name, functions are taken for what they mostly are.
@@ -580,80 +519,25 @@ class TensorFlow(Functional):
     ) -> list[Any]:
         return list(tf.cond(condition, lambda: yes(values), lambda: no(values)))
 
-    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         if not tf.is_symbolic_tensor(condition):
             (yes if condition else no)()
-        elif self.how == _IN_PARTS:
-            self._flush_cells()
-            tf.cond(condition, self._flushing(yes), self._flushing(no))
+        elif self.fast is not None and self.fast.is_in_parts():
+            self.fast.branch(condition, yes, no)
         else:
             super().branch(condition, yes, no)
 
-    def _flushing(self, action: Callable[[], None]) -> Callable[[], Any]:
-        def act() -> Any:
-            action()
-            self._flush_cells()
-            return tf.constant(0)
+    def square_sums(self, group: Group, gradients: Any) -> list[Any]:
+        if self.fast is None:
+            return super().square_sums(group, gradients)
+        sums: list[Any] = self.fast.square_sums(self._applied(group, gradients))
+        return sums
 
-        return act
-
-    def _flush_cells(self) -> None:
-        call = self._here.call
-        assert call is not None
-        self._flush(call)
-
-    def square_sums(
-        self, kind: Pass, rule: RuleKey, selection: Selection, gradients: Any, pass_c: Any
-    ) -> list[Any]:
-        applied = self._applied(kind, selection, gradients, pass_c)
-        sums = tf.stack([self.arrays.sum_of_squares(g) for g in applied])
-        # Squares of float32 overflow at 1e19, and lose digits below 1e-16: seldom.
-        least = [_least(g) for g in applied]
-        is_exact = tf.reduce_all(tf.math.is_finite(sums) & (sums >= least))
-        exactly = partial(_in_double, applied)
-        if tf.is_symbolic_tensor(is_exact):
-            sums = tf.cond(is_exact, lambda: sums, exactly)
-        elif not is_exact:
-            sums = exactly()
-        return list(tf.unstack(sums, num=len(applied)))
-
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        rule_c: Sequence[Any],
-        pass_c: Sequence[Any],
-    ) -> None:
-        if self.how != _IN_PARTS:
-            super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
-            return
-        self._flush_cells()
-        entries = selection.entries if kind.gradient else selection.rest
-        for part in _parts(entries):
-            chosen = tuple(entries[i] for i in part)
-            self._sweep_by_xla(
-                kind,
-                rule,
-                Selection(chosen, ()) if kind.gradient else Selection((), chosen),
-                [gradients[i] for i in part] if kind.gradient else [],
-                [factors[i] for i in part] if len(factors) else (),
-                rule_c,
-                pass_c,
-            )
-
-    def _sweep_by_xla(self, *arguments: Any) -> None:
-        def omniadam_part() -> None:
-            token = _by_xla.set(True)
-            try:
-                Functional.sweep(self, *arguments)
-                self._flush_cells()
-            finally:
-                _by_xla.reset(token)
-
-        tf.function(omniadam_part, autograph=False, jit_compile=True)()
+    def sweep(self, group: Group, gradients: Any) -> Sums:
+        if self.fast is not None and self.fast.is_in_parts():
+            found: Sums = self.fast.sweep(group, gradients)
+            return found
+        return super().sweep(group, gradients)
 
     def update_each(self, *args: Any) -> None:
         if self.how:
@@ -669,31 +553,19 @@ class TensorFlow(Functional):
             )
         super()._outside(action)
 
-    def stateless_apply(
-        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
+    def check_stateless(self, call: Stateless) -> None:
         if self._strategy is not None:
             raise ValueError(
                 "stateless_apply is not supported for the variables of a tf.distribute.Strategy."
             )
-        if not optimizer._is_fused:
+        if not call.is_fused:
             raise ValueError(
-                f"stateless_apply cannot be used with {type(optimizer).__name__}, whose "
+                f"stateless_apply cannot be used with {type(call.optimizer).__name__}, whose "
                 "update_step changes variables: that is no function of tensors."
             )
-        entries, named = optimizer._entries, optimizer._state
-        cells = {}
-        for value, (name, variable) in zip(
-            (*variables, *state), (*((e.name, e.variable) for e in entries), *named), strict=True
-        ):
-            cells[id(variable)] = variable, _fitting(value, name, variable)
-        owners = [variable for variable, _ in cells.values()]
-        present, gradients = optimizer._present(self, entries, gradients, depth=4)
-        rate, fixed = optimizer._rate_and_fixed()
-        selection = optimizer._selection(present)
-        self.inline(lambda: optimizer._advance(selection, gradients, rate, fixed), selection, cells)
-        new = [cells[id(variable)][1] for variable in owners]
-        return new[: len(entries)], new[len(entries) :]
+
+    def fitting(self, value: Any, name: str, variable: Any, *, is_state: bool) -> Any:
+        return _fitting(value, name, variable)
 
     # --- differentiation ---
 
@@ -727,183 +599,6 @@ class TensorFlow(Functional):
                 "apply_gradients."
             )
         return list(tf.gradients(scale(value), list(variables), _like(grad_loss, value)))
-
-
-class NotOurs(Exception):
-    """The step calls an `update_step` that a user wrote, which is run as it is."""
-
-
-# What tracing raises on Python that asks for a value, as a schedule of the user's may.
-_UNTRACEABLE = (
-    NotOurs,
-    NotImplementedError,
-    tf.errors.OperatorNotAllowedInGraphError,
-)
-
-
-class Program:
-    """A step of one selection compiled as a whole, or run as it is if it cannot be."""
-
-    def __init__(
-        self,
-        backend: TensorFlow,
-        step: Step,
-        selection: Selection,
-        gradients: Any,
-        rate: Any,
-        fixed: Any,
-    ) -> None:
-        self._backend, self._step, self._selection = backend, step, selection
-        self._fixed, self._numbers = fixed, fixed.numbers
-        self._signature = [tf.TensorSpec(g.shape, g.dtype) for g in gradients]
-        if rate is not None:
-            self._signature.append(tf.TensorSpec((), tf.float64))
-        self._is_jit = backend.jit_compile
-        entries = (*selection.entries, *selection.rest)
-        on_host = all("CPU" in entry.variable.device for entry in entries)
-        self._is_large = len(_parts(entries)) > 1 and on_host
-        self._is_proven = False
-        self._compiled = self._compile(
-            numbers_are_given=not all(isinstance(x, float) for x in self._numbers)
-        )
-
-    def _compile(self, *, numbers_are_given: bool) -> _Compiled | None:
-        """What runs a step; None if it cannot be traced."""
-        backend, n = self._backend, len(self._selection.entries)
-        has_rate = len(self._signature) > n
-        signature = list(self._signature)
-        if numbers_are_given:
-            signature += [tf.TensorSpec((), tf.float64)] * len(self._numbers)
-        is_whole = self._is_jit and not self._is_large
-        keys: list[int] = []
-
-        def omniadam_step(*tensors: Any) -> list[Any]:
-            gradients, rate = list(tensors[:n]), tensors[n] if has_rate else None
-            numbers = tensors[n + has_rate :] if numbers_are_given else self._numbers
-            fixed = self._fixed._replace(numbers=numbers)
-            token = _by_xla.set(is_whole)
-            try:
-                counts = backend._run_here(
-                    self._step,
-                    self._selection,
-                    gradients,
-                    rate,
-                    fixed,
-                    _IN_PARTS if self._is_jit and self._is_large else _WHOLE,
-                )
-            finally:
-                _by_xla.reset(token)
-            keys[:] = counts
-            return list(counts.values())
-
-        function = tf.function(
-            omniadam_step,
-            input_signature=signature,
-            autograph=False,
-            jit_compile=is_whole or None,
-        )
-        try:
-            concrete = function.get_concrete_function()
-        except _UNTRACEABLE:
-            return None
-        return _Compiled(keys, _caller(concrete), numbers_are_given, function)
-
-    def __call__(self, gradients: list[Any], rate: Any, numbers: Any) -> dict[int, Any]:
-        # One look, as other threads may compile another one. Nobody waits while it is traced.
-        compiled = self._compiled
-        if compiled and not compiled.numbers_are_given and numbers != self._numbers:
-            # Of a callable that returns something else each time: no constant of the program.
-            compiled = self._compiled = self._compile(numbers_are_given=True)
-        if compiled is None:
-            fixed = self._fixed._replace(numbers=numbers)
-            with self._backend.step_in_turn():
-                return self._backend._run_here(
-                    self._step, self._selection, gradients, rate, fixed, has_turn=True
-                )
-        tensors = list(gradients)
-        if rate is not None:
-            tensors.append(_cast(rate, tf.float64))
-        if compiled.numbers_are_given:
-            tensors += [_cast(x, tf.float64) for x in numbers]
-        if self._is_proven or not self._is_jit:
-            return self._run(compiled, tensors)
-        try:
-            counts = self._run(compiled, tensors)
-        except tf.errors.OpError:
-            # XLA compiles before anything runs: nothing has been changed.
-            self._is_jit = False
-            self._compiled = self._compile(numbers_are_given=compiled.numbers_are_given)
-            return self(gradients, rate, numbers)
-        self._is_proven = True
-        return counts
-
-    def _run(self, compiled: _Compiled, tensors: list[Any]) -> dict[int, Any]:
-        with self._backend.step_in_turn():
-            return dict(zip(compiled.keys, compiled.call(tensors), strict=True))
-
-
-class _Compiled(NamedTuple):
-    keys: list[int]  # of the counters that it returns
-    call: Callable[[list[Any]], Any]
-    numbers_are_given: bool
-    function: Any  # keeps what is called alive
-
-
-# XLA splits each of its loops over the threads and waits for all of them, 500 times a step of
-# ResNet-50. Parts of a step that TensorFlow runs side by side do not wait for each other.
-_PART = 2**18
-
-
-def _parts(entries: Sequence[Entry]) -> list[list[int]]:
-    """Positions of entries, in parts of at least so many elements."""
-    parts: list[list[int]] = [[]]
-    size = 0
-    for i, entry in enumerate(entries):
-        if size >= _PART:
-            parts.append([])
-            size = 0
-        parts[-1].append(i)
-        size += math.prod(entry.shape)
-    return parts
-
-
-def _caller(concrete: Any) -> Callable[[list[Any]], Any]:
-    """A call of a function that has one signature and that no tape records."""
-    function = getattr(concrete, "_inference_function", None)
-    call = getattr(function, "call_flat", None)
-    if call is None:  # pragma: no cover
-        return lambda tensors: concrete(*tensors)
-    captured = list(concrete.captured_inputs)
-    return lambda tensors: call(*tensors, *captured)
-
-
-class Known:
-    """What a step expects of its tensors, so that a glance shows whether all is as before."""
-
-    def __init__(self, selection: Selection) -> None:
-        self._own = [entry.variable for entry in selection.entries]
-        self._shapes = [entry.shape for entry in selection.entries]
-        self._dtypes = [tf.as_dtype(entry.dtype).as_datatype_enum for entry in selection.entries]
-        self._types = [_EagerTensor] * len(self._own)
-
-    def fits(self, gradients: list[Any], variables: list[Any]) -> bool:
-        return (
-            len(variables) == len(self._own)
-            and all(map(is_, variables, self._own))
-            and list(map(type, gradients)) == self._types
-            and list(map(_shape_of, gradients)) == self._shapes
-            and list(map(_dtype_of, gradients)) == self._dtypes
-        )
-
-
-# A tensor made here to ask for its type would start TensorFlow, which is then configured for good.
-_EagerTensor: Any = getattr(tf.__internal__, "EagerTensor", tf.Tensor)
-_shape_of: Callable[[Any], Any] = getattr(
-    _EagerTensor, "_shape_tuple", lambda tensor: tuple(tensor.shape)
-)
-_dtype_of: Callable[[Any], Any] = getattr(
-    _EagerTensor, "_datatype_enum", lambda tensor: tensor.dtype.as_datatype_enum
-)
 
 
 def _strategy_of(variable: Any) -> Any:
@@ -1044,7 +739,7 @@ def _checked_loss(value: Any, grad_loss: Any) -> Any:
 
 
 def _like(grad_loss: Any, value: Any) -> Any:
-    return None if grad_loss is None else _cast(grad_loss, value.dtype)
+    return None if grad_loss is None else of_dtype(grad_loss, value.dtype)
 
 
 # --- checkpoints ---
@@ -1076,7 +771,7 @@ class Tracked(tf.__internal__.tracking.Trackable):  # type: ignore[misc]
         optimizer: Any = self
         value = None if optimizer.built else optimizer.named_variables().get(name)
         if isinstance(value, np.ndarray) and tf.executing_eagerly():
-            optimizer._replace_counter(value, TensorFlow().create(value))
+            optimizer._state.replace_counter(value, TensorFlow().create(value))
 
     def _tracked_state(self) -> dict[str, Any]:
         optimizer: Any = self

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import sys
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cache
-from operator import is_, setitem
+from operator import setitem
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,11 +19,22 @@ from .. import options, versions
 from ..kernels import cpu, layout
 from ..kernels.cpu import SparseRows
 from ..kernels.layout import Operand
-from ..rule import Pass, RuleKey
+from ..rule import Pass
 from ..sparse import IndexedSlices
-from .base import HALVES, Backend, Entry, Selection, received, takes_arguments
+from .base import (
+    HALVES,
+    Backend,
+    Entry,
+    Fast,
+    Group,
+    Selection,
+    Stateless,
+    Sums,
+    received,
+    takes_arguments,
+)
 from .functional import Functional
-from .host import Gradients, HostMemory, Numbers, check_distinct, twin_apply
+from .host import HostMemory, Numbers, check_distinct, twin_apply
 
 versions.check("torch", torch.__version__)
 
@@ -68,31 +74,58 @@ class Elementwise:
         return torch.maximum(a, b) if isinstance(b, Tensor) else torch.clamp(a, min=b)
 
 
+class Tensors(Elementwise):
+    """The functions that the rule is bound to on whole tensors."""
+
+    sqrt, divide, abs, sign = torch.sqrt, torch.divide, torch.abs, torch.sign
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if not isinstance(condition, Tensor):  # a coefficient, which is known on the host
+            return a if condition else b
+        return torch.where(condition != 0, a, b)
+
+    @staticmethod
+    def cast(x: Any, dtype: str) -> Any:
+        return x.to(_BY_NAME[dtype]) if isinstance(x, Tensor) else float(x)
+
+    @staticmethod
+    def sum_of_squares(x: Tensor) -> Tensor:
+        return torch.sum(x * x)
+
+    @staticmethod
+    def broadcast_like(value: Any, like: Tensor) -> Any:
+        return value
+
+
 class Torch(Backend):
     """What holds on every device."""
 
     name: ClassVar[str] = "torch"
     elementwise: ClassVar[Any] = Elementwise
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, variables: Sequence[Any] = ()) -> None:
+        super().__init__(variables)
         # Counters live on the host, so that no step reads one back from a device: each tensor, an
         # array over its memory, and where that is.
         self._counters: dict[int, tuple[Tensor, Array, int]] = {}
         self._device = torch.device("cpu")  # of what is created for no variable in particular
 
+    def make_fast(self) -> Fast:
+        from ..fast.torch import FastTorch
+
+        return FastTorch()
+
     @classmethod
-    def over(cls, variables: Sequence[Any]) -> Backend:
-        if "torch._dynamo" in sys.modules:
-            _hide_from_compiler()
-        return TorchMemory() if all(map(_is_on_host, variables)) else TorchDevice()
+    def kind_for(cls, variables: Sequence[Any]) -> type[Backend]:
+        return TorchMemory if all(map(_is_on_host, variables)) else TorchDevice
 
     def name_of(self, variable: Tensor) -> None:
         return None
 
     def stand_ins(self, entries: Sequence[Entry], variables: list[Any]) -> None:
-        if "torch._dynamo" in sys.modules:  # since it was built, perhaps
-            _hide_from_compiler()
+        if self.fast is not None:
+            self.fast.hide_from_compiler()
 
     def describe(self, variable: Any, name: str) -> Entry:
         if not isinstance(variable, Tensor):
@@ -194,7 +227,7 @@ class Torch(Backend):
             else:
                 variable.copy_(value if isinstance(value, Tensor) else _of_numpy(value))
 
-    def branch(self, condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         yes() if condition else no()
 
     def gradient(self, gradient: Any, entry: Entry) -> Any:
@@ -246,14 +279,16 @@ class Torch(Backend):
         """Where everything lay when it was gathered, to compare with where it lay before."""
         raise NotImplementedError
 
-    def update_each(self, *args: Any) -> None:
+    def update_each(
+        self, group: Group, gradients: Any, update: Callable[[Any, Entry], None]
+    ) -> None:
         with torch.no_grad():  # of a user's arithmetic on parameters
-            super().update_each(*args)  # type: ignore[safe-super]
+            super().update_each(group, gradients, update)  # type: ignore[safe-super]
 
     def stateless_apply(
-        self, optimizer: Any, state: list[Any], gradients: list[Any], variables: list[Any]
+        self, call: Stateless, state: list[Any], gradients: list[Any], variables: list[Any]
     ) -> tuple[list[Any], list[Any]]:
-        return twin_apply(optimizer, state, gradients, variables, self.copied)
+        return twin_apply(call.optimizer, state, gradients, variables, self.copied)
 
     def differentiate(
         self, loss: Any, variables: Sequence[Tensor], grad_loss: Any, scale: Callable[[Any], Any]
@@ -288,13 +323,6 @@ class Torch(Backend):
                         f"Received shape {tuple(grad_loss.shape)}."
                     )
             return list(torch.autograd.grad(scale(value), sources, grad_loss, allow_unused=True))
-
-
-@cache
-def _hide_from_compiler() -> None:
-    """Let torch.compile call a step, not trace it: it would meet pointers, and compile in vain."""
-    with suppress(Exception):  # it is no public interface; steps are right without it, too
-        sys.modules["torch._dynamo"].trace_rules.add(__name__.partition(".")[0])
 
 
 def _check_loss(value: Any, grad_loss: Any) -> None:
@@ -384,10 +412,7 @@ class TorchMemory(Torch, HostMemory):
     """Tensors on the CPU."""
 
     functions: ClassVar[Any] = Numbers
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._built: Placed | None = None
+    arrays: ClassVar[Any] = Tensors
 
     def view(self, variable: Tensor) -> Array:
         return _array_over(variable, cpu.STORAGE[_DTYPES[variable.dtype]])
@@ -445,72 +470,37 @@ class TorchMemory(Torch, HostMemory):
         )
         return SparseRows(*slices.coalesce())
 
-    def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
-        gathered = super().gather(selection, gradients)
-        prepared = gathered.prepared
-        if not self.is_located(selection):
-            prepared["placed"] = Placed((*selection.entries, *selection.rest))
-        if gathered.odd:
-            prepared.pop("known", None)
-        else:
-            prepared["known"] = Known(selection.entries, gradients, prepared["memory"])
-        return gathered
-
     def place(self, selection: Selection) -> Any:
-        return selection.prepared["places"]
+        return selection.prepared.places
 
     def is_located(self, selection: Selection) -> bool:
-        placed = selection.prepared.get("placed")
-        return placed is not None and placed.holds()
+        return self.fast is not None and bool(self.fast.is_located(selection))
 
     def check_built(self, entries: Sequence[Entry]) -> None:
-        built = self._built
-        if built is None or built.entries is not entries or not built.holds():
+        if self.fast is None or not self.fast.is_as_built(entries):
             super().check_built(entries)
-            self._built = Placed(entries)
-
-    def recognise(
-        self, selection: Selection, gradients: list[Any], variables: list[Any]
-    ) -> Gradients | None:
-        if "torch._dynamo" in sys.modules:  # since it was built, perhaps
-            _hide_from_compiler()
-        prepared = selection.prepared
-        known = prepared.get("known")
-        if known is None:
-            return None
-        addresses = known.addresses(gradients, variables)
-        if addresses is None or not prepared["placed"].holds():
-            return None
-        return Gradients(addresses, gradients, {}, prepared)
+            if self.fast is not None:
+                self.fast.note_built(entries)
 
     def clear(self, selection: Selection, gradients: Any) -> None:
         torch.autograd.graph.increment_version([entry.accumulator for entry in selection.rest])
         super().clear(selection, gradients)
 
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[float],
-        rule_c: Sequence[float],
-        pass_c: Any,
-    ) -> None:
+    def sweep(self, group: Group, gradients: Any) -> Sums:
         # As any operation in place: autograd must notice that what a graph saved is gone.
-        key = "written", id(kind), pass_c.overwrite
-        written = gradients.prepared.get(key)
+        kind, overwrites = group.kind, group.pass_c.overwrite != 0
+        key, found = (id(kind), overwrites), gradients.located.written
+        written = found.get(key)
         if written is None:
-            overwrites = pass_c.overwrite != 0
-            written = gradients.prepared[key] = _written(kind, selection, overwrites)
+            written = found[key] = _written(kind, group.entries, overwrites)
         torch.autograd.graph.increment_version(written)
-        super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+        return super().sweep(group, gradients)
 
 
-def _written(kind: Pass, selection: Selection, overwrites: bool) -> list[Tensor]:
+def _written(kind: Pass, entries: Sequence[Entry], overwrites: bool) -> list[Tensor]:
     """The tensors that a pass changes, and that keep count of changes."""
     tensors: list[Any] = []
-    for entry in selection.entries if kind.gradient else selection.rest:
+    for entry in entries:
         tensors += [entry.variable] if kind.updates or overwrites else []
         tensors += entry.slots if kind.updates else ()
         tensors += [entry.accumulator] if kind.accumulated else []
@@ -518,144 +508,7 @@ def _written(kind: Pass, selection: Selection, overwrites: bool) -> list[Tensor]
     return tensors
 
 
-class Placed:
-    """Tensors as they are and where they lie, so that a glance shows whether that still holds."""
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = entries
-        state = [(*e.slots, e.accumulator, e.average) for e in entries]
-        self._state = [tensor for each in state for tensor in each if tensor is not None]
-        every = self._variables() + self._state
-        self._alike, self._places = _comparison(every), list(map(Tensor.data_ptr, every))
-
-    def _variables(self) -> list[Tensor]:
-        return [entry.variable for entry in self.entries]
-
-    def holds(self) -> bool:
-        every = self._variables() + self._state
-        try:
-            return self._alike(*every) and list(map(Tensor.data_ptr, every)) == self._places
-        except RuntimeError:  # no memory
-            return False
-
-
-class Known:
-    """What gradients looked like in the last step that was checked at length.
-
-    Args:
-        entries: that they were for.
-        gradients: all in the variables' own types and orders of memory.
-        spans: the memory that a step writes to, in order.
-    """
-
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        gradients: Sequence[Tensor],
-        spans: Sequence[tuple[int, int]],
-    ) -> None:
-        self._variables = [entry.variable for entry in entries]
-        self._alike = _comparison(gradients)
-        self._sizes = [(g.numel() * g.element_size(), g.element_size()) for g in gradients]
-        self._starts = [start for start, _ in spans]
-        self._stops = [stop for _, stop in spans]
-        # By where they lay: allocators return the same few addresses again and again.
-        self._seen: dict[tuple[int, ...], array[int]] = {}
-
-    def addresses(self, gradients: list[Any], variables: list[Any]) -> array[int] | None:
-        """The gradients' addresses, if they are for these variables and as they were."""
-        own = self._variables
-        if len(variables) != len(own) or not all(map(is_, variables, own)):
-            return None
-        try:
-            # A nested tensor has no strides, and to be asked for them ends the process.
-            if any(map(_is_nested, gradients)) or not self._alike(*gradients):
-                return None
-            places = tuple(map(Tensor.data_ptr, gradients))
-        except (RuntimeError, TypeError):  # no memory, or no tensor
-            return None
-        return self._seen.get(places) or self._checked(places)
-
-    def _checked(self, places: tuple[int, ...]) -> array[int] | None:
-        for address, (size, alignment) in zip(places, self._sizes, strict=True):
-            # Of the spans, which are disjoint, the last that begins before the gradient ends.
-            i = bisect_left(self._starts, address + size) - 1
-            overlaps = i >= 0 and self._stops[i] > address
-            if size and (overlaps or address == 0 or address % alignment):
-                return None
-        if len(self._seen) >= 256:
-            self._seen.clear()
-        self._seen[places] = array("q", places)
-        return self._seen[places]
-
-
-_is_nested: Callable[[Any], bool] = Tensor.is_nested.__get__
-
-# A comparison of tensors with those of an earlier step: the same types, devices, shapes, strides.
-Comparison = Callable[..., bool]
-
-
-def _comparison(tensors: Sequence[Tensor]) -> Comparison:
-    compare = _compiled_comparison if _is_compiled_comparison_right() else _plain_comparison
-    return compare(tensors)
-
-
-def _compiled_comparison(tensors: Sequence[Tensor]) -> Comparison:
-    # What torch.compile guards its functions with: all tensors in one call, some 60 ns for each.
-    # It is no public interface, hence `_is_compiled_comparison_right`.
-    from torch._C._dynamo.guards import TensorGuards
-
-    sizes: list[Any] = [list(tensor.size()) for tensor in tensors]
-    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    found: Comparison = guards.check
-    return found
-
-
-@cache
-def _is_compiled_comparison_right() -> bool:
-    """Whether this version of torch has it, and it means here what this file believes it means."""
-    try:
-        return _tells_apart(_compiled_comparison)
-    except Exception:  # whatever another version may say to such a call
-        return False
-
-
-def _plain_comparison(tensors: Sequence[Tensor]) -> Comparison:
-    expected = list(map(_looks, tensors))
-    return lambda *given: list(map(_looks, given)) == expected
-
-
-def _looks(value: Any) -> tuple[Any, ...] | None:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    kind = type(value), value.device, value.dtype, value.is_neg()
-    return *kind, value.size(), value.stride()
-
-
-def _tells_apart(compare: Callable[[Sequence[Tensor]], Comparison]) -> bool:
-    """Whether a comparison knows its own kind from all others."""
-    with torch.inference_mode(False):
-        own = torch.zeros(2, 3)
-        alike = compare([own])
-        others = (
-            torch.zeros(2, 3, dtype=torch.float64),
-            torch.zeros(2, 3, dtype=torch.int32),
-            torch.zeros(3, 2),
-            torch.zeros(6),
-            torch.zeros(3, 2).t(),
-            torch.zeros(2, 6)[:, :3],
-            torch.zeros(2, 3, device="meta"),
-            torch.zeros(2, 3).to_sparse(),
-            torch.zeros(2, 3, dtype=torch.complex64).conj().imag,
-            Parameter(own, requires_grad=False),
-            np.zeros((2, 3), np.float32),
-            None,
-        )
-        return alike(own) and alike(own.clone()) and not any(map(alike, others))
-
-
-class Scalars(Numbers):
+class DeviceNumbers(Numbers):
     """Coefficients that may be on a device: norms are, so that no step waits for them."""
 
     @staticmethod
@@ -667,29 +520,10 @@ class Scalars(Numbers):
         return torch.clamp(a, min=b) if isinstance(a, Tensor) else Numbers.maximum(a, b)
 
 
-class Tensors(Elementwise):
-    """The functions that the rule is bound to on whole tensors."""
-
-    sqrt = torch.sqrt
-    where = Numbers.where  # whether to overwrite is known on the host
-
-    @staticmethod
-    def cast(x: Any, dtype: str) -> Any:
-        return x.to(_BY_NAME[dtype]) if isinstance(x, Tensor) else float(x)
-
-    @staticmethod
-    def sum_of_squares(x: Tensor) -> Tensor:
-        return torch.sum(x * x)
-
-    @staticmethod
-    def broadcast_like(value: Any, like: Tensor) -> Any:
-        return value
-
-
 class TorchDevice(Torch, Functional):
     """Tensors elsewhere: the rule on torch's own functions, nothing read back by the host."""
 
-    functions: ClassVar[Any] = Scalars
+    functions: ClassVar[Any] = DeviceNumbers
     arrays: ClassVar[Any] = Tensors
 
     # Nothing is traced: each value is stored as soon as it is known, so that a step needs no more
@@ -736,25 +570,19 @@ class TorchDevice(Torch, Functional):
         gradient = super().gradient(gradient, entry)
         return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
 
-    def sweep(
-        self,
-        kind: Pass,
-        rule: RuleKey,
-        selection: Selection,
-        gradients: Any,
-        factors: Sequence[Any],
-        rule_c: Sequence[Any],
-        pass_c: Sequence[Any],
-    ) -> None:
-        if len(factors):  # norms over several devices were added up on one
-            devices = [entry.variable.device for entry in selection.entries]
-            factors = [f.to(d, non_blocking=True) for f, d in zip(factors, devices, strict=True)]
+    def sweep(self, group: Group, gradients: Any) -> Sums:
+        if len(group.factors):  # norms over several devices were added up on one
+            devices = [entry.variable.device for entry in group.entries]
+            factors = [
+                f.to(d, non_blocking=True) for f, d in zip(group.factors, devices, strict=True)
+            ]
+            group = group._replace(factors=factors)
         with torch.no_grad():
-            super().sweep(kind, rule, selection, gradients, factors, rule_c, pass_c)
+            return super().sweep(group, gradients)
 
-    def square_sums(self, *args: Any) -> list[Any]:
+    def square_sums(self, group: Group, gradients: Any) -> list[Any]:
         with torch.no_grad():
-            sums = super().square_sums(*args)
+            sums = super().square_sums(group, gradients)
         device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
         return [each.to(device, non_blocking=True) for each in sums]
 

@@ -14,9 +14,17 @@ from ..backends import backend_of
 from ..backends.base import Backend, Entry, Selection, check_constrained
 from ..backends.functional import Functional
 from ..backends.host import HostMemory
-from ..optimizer import Fixed
 from ..options import Option
-from ..rule import RuleKey, clip_factor_joint, decayed_rate, make_element, make_gradient
+from ..rule import (
+    NOTHING,
+    AdamCoefficients,
+    Rule,
+    clip_factor_joint,
+    decayed_rate,
+    make_element,
+    make_gradient,
+)
+from ..step import Step, pass_coefficients
 
 # What each hyperparameter may be, in the order that a step takes them.
 CHECKS: dict[str, options.Check] = {
@@ -30,7 +38,7 @@ CHECKS: dict[str, options.Check] = {
 class Engine(Adam):
     """`omniadam.Adam` with the settings of TensorFlow 2.0, under Keras 3's names."""
 
-    decay = Option(options.or_callable(options.rate))
+    decay = Option(options.rate, or_callable=True)
     clipvalue = Option(options.limit)
 
     _exclusive_clips: ClassVar[tuple[str, ...]] = ("clipnorm", "global_clipnorm")
@@ -54,33 +62,33 @@ class Engine(Adam):
         value = getattr(self, name)
         value = value() if callable(value) else value
         if options.as_float(value) is None and backend_of(value) is not None:
-            assert self._backend is not None
+            assert self._state.backend is not None
             try:
-                return self._backend.rate(value)
+                return self._state.backend.rate(value)
             except ValueError as error:  # which is of the rate, in the backend's words
                 raise ValueError(str(error).replace("learning_rate", name)) from error
         return check(name, value)
 
-    def _rule_of(self, hyperparameters: Sequence[Any]) -> RuleKey:
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> Rule:
         # One form for every beta: its bits are those of the older generations.
-        return self._rule
+        return self.rule
 
-    def _fixed_by(self, hyperparameters: tuple[Any, ...]) -> Fixed:
-        return self._make_fixed(hyperparameters)  # they may be symbolic, which are not compared
+    def _step_by(self, hyperparameters: tuple[Any, ...]) -> Step:
+        return self._make_step(hyperparameters)  # they may be symbolic, which are not compared
 
-    def _numbers(
-        self, functions: Any, rule: RuleKey, hyperparameters: Sequence[Any]
-    ) -> tuple[Any, ...]:
+    def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
+        """As of `Adam`, after `decay`."""
         decay, *others = hyperparameters
-        return (decay, *super()._numbers(functions, rule, others))
+        return (decay, *super().numbers(functions, *others))
 
-    def _coefficients(
-        self, rule: RuleKey, functions: Any, learning_rate: Any, t: Any, *numbers: Any
-    ) -> Sequence[Any]:
+    def coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> AdamCoefficients:
+        """As of `Adam`, by the rate that has decayed."""
         decay, *others = numbers
         if not isinstance(decay, float) or decay > 0.0:
             learning_rate = decayed_rate(learning_rate, decay, t)
-        return super()._coefficients(rule, functions, learning_rate, t, *others)
+        return super().coefficients(functions, learning_rate, t, *others)
 
     def constrain(
         self, variables: Sequence[Any], constraints: dict[int, Callable[[Any], Any]]
@@ -90,63 +98,62 @@ class Engine(Adam):
         kept = {key: value for key, value in self.constraints.items() if key not in others}
         if self.constraints != kept | constraints:
             self.constraints = kept | constraints
-            for entry in self._entries:
+            for entry in self._state.entries:
                 entry.constraint = self.constraints.get(id(entry.key), self._own(entry))
             self._version += 1  # what was compiled has the former ones
             self._forget()
 
     def _own(self, entry: Entry) -> Callable[[Any], Any] | None:
         """The constraint that a variable of TensorFlow came with."""
-        assert self._backend is not None
-        return self._backend.describe(entry.key, entry.name).constraint
+        assert self._state.backend is not None
+        return self._state.backend.describe(entry.key, entry.name).constraint
 
     def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
-        if selection.constrained and isinstance(self._backend, HostMemory):
+        if selection.constrained and isinstance(self._state.backend, HostMemory):
             self._try_constraints(selection)
         super()._advance(selection, gradients, rate, fixed)
 
     def _try_constraints(self, selection: Selection) -> None:
         """Where a step is made in place: an error is raised before the first."""
-        backend = self._backend
+        backend = self._state.backend
         assert backend is not None
-        for entry in () if "tried" in selection.prepared else selection.constrained:
+        for entry in () if selection.is_tried else selection.constrained:
             assert entry.constraint is not None
             value = copy.deepcopy(backend.array(entry.variable))
             check_constrained(entry.constraint(value), entry)
-        selection.prepared["tried"] = True
+        selection.is_tried = True
 
     # --- variables that come later ---
 
     def include(self, variables: Sequence[Any]) -> None:
         """Create the state of those variables that have none yet."""
-        if self._backend is None:
+        if self._state.backend is None:
             self.build(variables)
-        elif new := [v for v in variables if id(v) not in self._index]:
+        elif new := [v for v in variables if id(v) not in self._state.index]:
             with self._unbuilt_on_error():
                 self._grow(new)
 
     def _grow(self, new: list[Any]) -> None:
-        held = [entry.key for entry in self._entries]
+        held = [entry.key for entry in self._state.entries]
         # Described together, so that all are of one library, and none is another.
         backend, entries = self._described([*held, *new])
-        if type(backend) is not type(self._backend):
+        if type(backend) is not type(self._state.backend):
             raise ValueError(
                 "Variables that come later must be where the others are. Received "
                 f"{[e.name for e in entries[len(held) :]]}. Use one optimizer for each device."
             )
-        self._entries = (*self._entries, *entries[len(held) :])
-        self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
+        self._state.hold((*self._state.entries, *entries[len(held) :]))
         self._forget()
-        self._create_slots(self._entries[len(held) :])
+        self._create_slots(self._state.entries[len(held) :])
 
     def _apply(self, grads: list[Any], variables: list[Any]) -> Any:
-        if not self.built or all(id(v) in self._index for v in variables):
+        if not self.built or all(id(v) in self._state.index for v in variables):
             return super()._apply(grads, variables)
-        assert self._backend is not None
-        if self._backend.stand_ins(self._entries, variables) is not None:
+        assert self._state.backend is not None
+        if self._state.backend.stand_ins(self._state.entries, variables) is not None:
             return super()._apply(grads, variables)
         with self._unbuilt_on_error():
-            self._grow([v for v in variables if id(v) not in self._index])
+            self._grow([v for v in variables if id(v) not in self._state.index])
             return super()._apply(grads, variables)
 
     def add_variable_from_reference(
@@ -155,36 +162,36 @@ class Engine(Adam):
         """As in `Optimizer`, under the name that TensorFlow's files know the slot by."""
         if self.new_slot is None:
             return super().add_variable_from_reference(reference_variable, name, initializer)
-        assert self._backend is not None
+        assert self._state.backend is not None
         entry = self._entry(reference_variable)
-        slot = self.new_slot(self._backend, entry, name or "var", initializer)
-        self._track(f"{entry.name.replace('/', '_').replace(':', '_')}_{name}", slot)
+        slot = self.new_slot(self._state.backend, entry, name or "var", initializer)
+        prefix = entry.name.replace("/", "_").replace(":", "_")
+        self._state.track(self, f"{prefix}_{name}", slot)
         return slot
 
     def reorder(self, order: Sequence[int]) -> None:
         """Hold the variables in another order, which lists their present positions."""
-        self._entries = tuple(self._entries[i] for i in order)
-        self._index = {id(entry.key): i for i, entry in enumerate(self._entries)}
+        self._state.hold([self._state.entries[i] for i in order])
         self._forget()
 
     def slots(self) -> list[Sequence[Any]]:
         """Of each variable; NumPy arrays in a pickle or a copy, which waits for its variables."""
-        if self._restored is None or self.built:
-            return [entry.slots for entry in self._entries]
-        state = self._restored.state
+        if self._state.restored is None or self.built:
+            return [entry.slots for entry in self._state.entries]
+        state = self._state.restored.state
         return [[state[name] for name in names] for names in self._names_of_slots]
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {id(variable): name for name, variable in self._state}
-        held = [[names.get(id(slot), "") for slot in entry.slots] for entry in self._entries]
+        names = {id(variable): name for name, variable in self._state.named}
+        held = [[names.get(id(slot), "") for slot in entry.slots] for entry in self._state.entries]
         return super().__getstate__() | {"_names_of_slots": held or self._names_of_slots}
 
     def put_slot(self, entry: Entry, position: int, slot: Any) -> None:
         """Keep another variable as a slot, under the name and in the place of the former."""
         slots = list(entry.slots)
         former, slots[position] = slots[position], slot
-        held = [each for each in self._state if each[1] is not slot]
-        self._state = [(name, slot if each is former else each) for name, each in held]
+        held = [each for each in self._state.named if each[1] is not slot]
+        self._state.named = [(name, slot if each is former else each) for name, each in held]
         entry.slots = tuple(slots)
         self._forget()
 
@@ -192,11 +199,13 @@ class Engine(Adam):
 
     def count_in(self, variable: Any) -> None:
         """Count the steps in this variable, of a library that may not be known yet."""
-        self._iteration = variable
-        self._state[0] = ("iteration", variable)
+        self._state.iteration = variable
+        self._state.named[0] = ("iteration", variable)
 
     def _moved(self, value: Any) -> Any:
-        if value is self._iteration and isinstance(self._backend, backend_of(value) or ()):
+        if value is self._state.iteration and isinstance(
+            self._state.backend, backend_of(value) or ()
+        ):
             return value  # the user's own, or seen by the user
         return super()._moved(value)
 
@@ -210,39 +219,35 @@ class Engine(Adam):
         """
         twin = object.__new__(type(self))
         twin.__dict__ = {**self.__dict__, **clips}
-        kind = twin._make_passes()[0]
+        passes, settings = twin._make_passes(), twin._settings_now()
+        kind = passes.step
         if not (kind.clipped_by_factor or kind.clipped_by_value):
             return list(gradients)
         backend, entries = self._described(list(variables))
-        twin._backend = backend
         selection = Selection(entries, ())
         dense = [g.to_dense() if hasattr(g, "to_dense") else g for g in gradients]
         gathered = backend.gather(
             selection, [backend.gradient(g, e) for g, e in zip(dense, entries, strict=True)]
         )
-        settings = twin._settings_now()
-        c = twin._pass_coefficients(backend.functions, settings, 0.0, 0)
-        factors = twin._clip_factors(
-            kind, self._rule, selection, gathered, c, settings.threshold
-        ) or [1.0] * len(dense)
+        pass_c = pass_coefficients(backend.functions, kind, settings, 0.0, 0)
+        step = twin._make_step_of(passes, NOTHING, settings, ())
+        factors = step.factors(backend, selection, gathered, pass_c) or [1.0] * len(dense)
         if isinstance(backend, Functional):
             factors = [
                 backend._coefficients([factor], entry.dtype)[0]
                 for factor, entry in zip(factors, entries, strict=True)
             ]
-        f = backend.elementwise
+        functions = backend.arrays
         element = make_element(
             kind,
-            lambda w, g, slots, c: (g, slots),
-            make_gradient(kind, f.minimum, f.maximum),
-            minimum=f.minimum,
-            maximum=f.maximum,
-            where=f.where,
+            lambda w, g, slots, coefficients: (g, slots),
+            make_gradient(kind, functions),
+            functions,
             rounded=lambda w: w,
         )
         with np.errstate(all="ignore"):
             return [
-                element(g, g, (), None, None, factor, (), c)[0]
+                element(g, g, (), None, None, factor, (), pass_c)[0]
                 for g, factor in zip(dense, factors, strict=True)
             ]
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from .. import options, schedules
 from ..adam import Adam, AdamW
-from ..optimizer import _host, _is_schedule
+from ..optimizer import _is_schedule
+from ..state import host
 from . import contrib_keras, optimizer_v2
 from .older import Older
 
@@ -114,7 +115,7 @@ def _of_older(optimizer: Older) -> Adam:
         raise _no_equivalent(f"`add_slot` of {names}", "Keep those values yourself.")
     settings = {name: optimizer._plain(name) for name in optimizer._hyper}
     count, *_ = optimizer.get_weights() or [np.array(0)]
-    read = _host if engine._backend is None else engine._backend.numpy
+    read = host if engine._state.backend is None else engine._state.backend.numpy
     columns = zip(*engine.slots(), strict=True)
     state = [[read(slot) for slot in column] for column in columns] or None
     return _adam(
@@ -187,11 +188,11 @@ def _adam(
     elif _is_schedule(rate):
         settings["learning_rate"] = schedules.traceable(rate)
     adam = Adam(**settings, **given, amsgrad=amsgrad, name=name)
-    adam._iteration[...] = options.count("iterations", iterations)
+    adam._state.iteration[...] = options.count("iterations", iterations)
     if slots is not None:
         moments = [slot for pair in zip(*slots[:2], strict=True) for slot in pair]
         hats = [slot for column in slots[2:] for slot in column]
-        adam._awaited = [*adam.get_weights(), *moments, *hats]
+        adam._state.awaited = [*adam.get_weights(), *moments, *hats]
     return adam
 
 
@@ -213,15 +214,15 @@ def _of_keras(optimizer: Any, *, is_tf_keras: bool) -> Adam:
         adam.exclude_from_weight_decay(var_names=[pattern.pattern])
     variables = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
     weights = [_floats(variable) for variable in variables]
-    adam._iteration[...] = options.count("iterations", weights[0])
+    adam._state.iteration[...] = options.count("iterations", weights[0])
     slots = weights[1 if is_tf_keras else len(adam.variables) :]  # which has no rate among them
     if slots:
-        adam._awaited = [*adam.get_weights(), *slots]
+        adam._state.awaited = [*adam.get_weights(), *slots]
     return adam
 
 
 def _floats(variable: Any) -> Array:
-    value = _host(variable)
+    value = host(variable)
     return value if value.dtype.kind in "iuf" else value.astype(np.float32)
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from .. import options
 from ..backends import backend_of, of_tensorflow
 from ..backends.base import Backend, received
-from ..optimizer import _host, _initial, _is_schedule
+from ..optimizer import _is_schedule
+from ..state import host, initial
 from .engine import CHECKS, Engine
 
 Array = npt.NDArray[Any]
@@ -49,7 +50,7 @@ class Clip:
         instance._set_clips({**instance._clips, self._name: value})
 
 
-class Held:
+class TensorValue:
     """A tensor as a callable: read at each step, when it may have changed."""
 
     def __init__(self, tensor: Any) -> None:
@@ -100,7 +101,7 @@ class Older:
             self._set_hyper(name, value)
         self._set_clips(clips)
         if (tensorflow := _tensorflow()) is not None:
-            self._scalars = tensorflow.Scalars(self)
+            self._scalars = tensorflow.ScalarVariables(self)
 
     # --- settings ---
 
@@ -146,7 +147,7 @@ class Older:
         value = self._hyper[name]
         if self._is_variable(name) and isinstance(value, float):
             return self._scalars.reader(name)
-        return Held(value) if _is_tensor(value) else value
+        return TensorValue(value) if _is_tensor(value) else value
 
     def _is_variable(self, name: str) -> bool:
         return self._scalars is not None and name in self._scalars
@@ -164,7 +165,7 @@ class Older:
         if self._is_variable(name) and isinstance(value, float):
             value = self._scalars.value(name)
         value = value() if callable(value) else value
-        number = options.as_float(_host(value) if _is_tensor(value) else value)
+        number = options.as_float(host(value) if _is_tensor(value) else value)
         if number is None:
             raise ValueError(f"`{name}` is no number that a config can hold. Received: {value!r}")
         return number
@@ -186,13 +187,13 @@ class Older:
 
     def _iterations(self) -> Any:
         self._counts = True
-        if self._scalars is not None and self._engine._backend is None:
+        if self._scalars is not None and self._engine._state.backend is None:
             self._scalars.count()
-        return self._shown(self._engine._iteration)
+        return self._shown(self._engine._state.iteration)
 
     def _shown(self, variable: Any) -> Any:
         """A state variable as the user is given it."""
-        backend = self._engine._backend
+        backend = self._engine._state.backend
         return variable if backend is None else backend.shown(variable)
 
     def _set_iterations(self, variable: Any) -> None:
@@ -209,7 +210,7 @@ class Older:
             )
         tensorflow = _tensorflow()
         if tensorflow is None or not tensorflow.in_graph():
-            options.count("iterations", _host(variable))
+            options.count("iterations", host(variable))
         self._engine.count_in(variable)
         self._counts = self._count_is_given = True
 
@@ -223,24 +224,26 @@ class Older:
         if not self._counts:
             return []
         self._iterations()
-        return [self._engine._iteration, *(self._slot(name, i) for name, i in self._created)]
+        return [self._engine._state.iteration, *(self._slot(name, i) for name, i in self._created)]
 
     def _slot(self, name: str, i: int) -> Any:
         if (name, i) in self._extra:
             return self._extra[name, i]
-        slots = self._engine._entries[i].slots if self._engine.built else self._engine.slots()[i]
+        slots = (
+            self._engine._state.entries[i].slots if self._engine.built else self._engine.slots()[i]
+        )
         return slots[self._slot_names.index(name)]
 
     def _create_slots(self, variables: Sequence[Any]) -> None:
         """Name the slots of variables that the engine has created: all m, all v, all vhat."""
         self._counts = True
         engine = self._engine
-        if self._in_order < len(engine._entries):
+        if self._in_order < len(engine._state.entries):
             self._put_in_order(variables)
-        names = self._slot_names[: len(engine._entries[0].slots)]
-        if len(self._created) - len(self._extra) == len(names) * len(engine._entries):
+        names = self._slot_names[: len(engine._state.entries[0].slots)]
+        if len(self._created) - len(self._extra) == len(names) * len(engine._state.entries):
             return  # as at every step but the first
-        known, positions = set(self._created), [engine._index.get(id(v)) for v in variables]
+        known, positions = set(self._created), [engine._state.index.get(id(v)) for v in variables]
         for name in names:
             self._created += [
                 (name, i) for i in positions if i is not None and (name, i) not in known
@@ -256,10 +259,10 @@ class Older:
             ValueError: if a checkpoint has brought slots, and no step has told their order yet.
         """
         self._check_order()
-        backend = self._engine._backend
+        backend = self._engine._state.backend
         if backend is not None:
             backend.check_readable()
-        read = _host if backend is None else backend.numpy
+        read = host if backend is None else backend.numpy
         return [np.array(read(variable)) for variable in self._held()]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -283,9 +286,9 @@ class Older:
             )
         if not weights:
             return
-        count = options.count("iterations` of the weights, `weights[0]", _host(weights[0]))
-        if engine._backend is None:
-            slots = [_host(value) for value in weights[1:]]
+        count = options.count("iterations` of the weights, `weights[0]", host(weights[0]))
+        if engine._state.backend is None:
+            slots = [host(value) for value in weights[1:]]
             for i, (value, variable) in enumerate(zip(slots, variables[1:], strict=True), 1):
                 if value.shape != tuple(variable.shape) or value.dtype.kind not in "fiu":
                     raise ValueError(
@@ -299,8 +302,10 @@ class Older:
                 backend.over([variable]).assign(variable, new)
             return
         given = {id(v): value for v, value in zip(variables, weights, strict=True)}
-        read = engine._backend.numpy
-        engine.set_weights([given[id(v)] if id(v) in given else read(v) for _, v in engine._state])
+        read = engine._state.backend.numpy
+        engine.set_weights(
+            [given[id(v)] if id(v) in given else read(v) for _, v in engine._state.named]
+        )
 
     def _build(self, variables: list[Any]) -> None:
         """Create what a step of these variables needs."""
@@ -314,7 +319,7 @@ class Older:
         engine.include([variable])
         i = engine._get_variable_index(variable)
         if (name, i) not in self._created:
-            entry = engine._entries[i]
+            entry = engine._state.entries[i]
             is_moment = name in self._slot_names[: len(entry.slots)]
             if not is_moment or initializer != "zeros":
                 slot = engine.add_variable_from_reference(variable, name, initializer)
@@ -329,9 +334,9 @@ class Older:
     def _put_in_order(self, variables: Sequence[Any]) -> None:
         """Give what a checkpoint has brought the order that a step, with these, gives to others."""
         engine, begin = self._engine, self._in_order
-        indices = [engine._index.get(id(v), -1) for v in variables]
+        indices = [engine._state.index.get(id(v), -1) for v in variables]
         given = dict.fromkeys(i for i in indices if i >= begin)
-        count = len(engine._entries)
+        count = len(engine._state.entries)
         order = [*range(begin), *given, *(i for i in range(begin, count) if i not in given)]
         if order != [*range(count)]:
             engine.reorder(order)
@@ -354,7 +359,7 @@ class Older:
         self._created.sort(key=place)
 
     def _check_order(self) -> None:
-        if len(self._engine._entries) - self._in_order > 1:
+        if len(self._engine._state.entries) - self._in_order > 1:
             raise ValueError(
                 "This optimizer was restored from a checkpoint, which has no order of variables, "
                 "so that its weights have none yet. Make one step first, with the variables in "
@@ -366,7 +371,7 @@ class Older:
     ) -> Any:
         if self._scalars is not None:
             return self._scalars.weight(name, shape, dtype, initializer, **arguments)
-        value, backend = _initial(initializer, shape, dtype), self._engine._backend
+        value, backend = initial(initializer, shape, dtype), self._engine._state.backend
         return value if backend is None else backend.create(value)
 
     # --- steps ---
@@ -374,13 +379,13 @@ class Older:
     def _prepare(self, variables: Sequence[Any]) -> None:
         """Make ready for the library of the first variables."""
         engine = self._engine
-        if engine._backend is not None or not variables:
+        if engine._state.backend is not None or not variables:
             return
         tensorflow = _tensorflow()
         if tensorflow is not None and tensorflow.is_variable(variables[0]):
             if self._scalars is None:  # it was imported since
                 self.__class__ = tensorflow.tracked(type(self))
-                self._scalars = tensorflow.Scalars(self)
+                self._scalars = tensorflow.ScalarVariables(self)
             self._scalars.create_all(variables)
         elif self._scalars is not None:
             numbers = {n: self._number(n) for n, v in self._hyper.items() if isinstance(v, float)}

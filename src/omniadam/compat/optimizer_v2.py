@@ -215,7 +215,7 @@ class Adam(Older):
         Raises:
             KeyError: if there is none.
         """
-        i = self._engine._index.get(id(var))
+        i = self._engine._state.index.get(id(var))
         if i is None or (slot_name, i) not in self._created:
             raise KeyError(f"There is no slot '{slot_name}' of this variable: {received(var)}")
         return self._shown(self._slot(slot_name, i))
@@ -233,7 +233,7 @@ class Adam(Older):
             The slot.
         """
         slot = self._add_slot(var, slot_name, _initializer(initializer))
-        if self._in_order < len(self._engine._entries):
+        if self._in_order < len(self._engine._state.entries):
             self._put_in_order([var])
         return slot
 
@@ -374,7 +374,7 @@ class Adam(Older):
             var_list = var_list()
         try:
             variables = _as_list(var_list)
-            if any(id(v) not in engine._index for v in variables):
+            if any(id(v) not in engine._state.index for v in variables):
                 engine._described(variables)
         except TypeError as error:
             raise ValueError(f"`var_list` must hold variables. {error}") from error

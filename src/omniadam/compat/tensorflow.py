@@ -18,10 +18,10 @@ import tensorflow as tf
 
 from ..backends import backend_of
 from ..backends.base import Entry
-from ..optimizer import _host
+from ..state import host
 
 
-class Scalars:
+class ScalarVariables:
     """The count of iterations and the numbers among the hyperparameters, as TensorFlow has them.
 
     float32, as in its checkpoints. But 1 - float32(0.999) is wrong by 1e-5, so that as long as a
@@ -62,11 +62,11 @@ class Scalars:
         if "iter" in self._variables:
             return
         if optimizer._count_is_given:
-            if isinstance(engine._iteration, tf.Variable):
-                self._variables["iter"] = engine._iteration
-                optimizer._track_trackable(engine._iteration, "iter", overwrite=True)
+            if isinstance(engine._state.iteration, tf.Variable):
+                self._variables["iter"] = engine._state.iteration
+                optimizer._track_trackable(engine._state.iteration, "iter", overwrite=True)
             return
-        begin = engine._read(engine._iteration)
+        begin = engine._state.read(engine._state.iteration)
         self._variables["iter"] = self._create("iter", begin, "int64", **_OF_ONE_REPLICA)
         engine.count_in(self._variables["iter"])
 
@@ -86,7 +86,7 @@ class Scalars:
 
     def value(self, name: str) -> float:
         """The value of a hyperparameter outside of any graph."""
-        return self._exact(name, float(_host(self._variables[name])))
+        return self._exact(name, float(host(self._variables[name])))
 
     def _exact(self, name: str, held: float) -> float:
         number: float = self._optimizer._hyper[name]
@@ -148,13 +148,13 @@ class Scalars:
         """What `apply_gradients` returns."""
         optimizer = self._optimizer
         for (slot_name, key), positions in list(optimizer._deferred.items()):
-            i = optimizer._engine._index.get(key)
+            i = optimizer._engine._state.index.get(key)
             if i is not None and (slot_name, i) in optimizer._created:
                 del optimizer._deferred[slot_name, key]
                 for position in sorted(positions, key=lambda p: p.restore_uid, reverse=True):
                     position.restore(optimizer._slot(slot_name, i))
         if not in_graph():
-            return optimizer._engine._iteration
+            return optimizer._engine._state.iteration
         with tf.control_dependencies([result]):
             return tf.no_op(name=name)
 

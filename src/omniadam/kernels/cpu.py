@@ -29,11 +29,9 @@ import numpy.typing as npt
 
 from .. import rule as arithmetic
 from .. import versions
-from ..rule import Pass, RuleKey
+from ..rule import MEASURES, Pass, PassCoefficients, Rule
+from ..tuned import CHUNK, PARALLEL
 from . import jit
-
-CHUNK = 8192  # elements; a chunk of every stream fits a core's second-level cache
-PARALLEL = 1 << 19  # elements below which waking a helper costs more than it brings
 
 # Element types a kernel reads: storage in memory, arithmetic in registers.
 STORAGE = {
@@ -53,11 +51,12 @@ ARITHMETIC = {
 # reordered, which vectorises it; the order is then fixed in the machine code.
 _ELEMENTWISE = frozenset({"contract", "nsz"})
 _REDUCING = frozenset({"contract", "nsz", "reassoc"})
+PASS_C, _ZERO = len(PassCoefficients._fields), PassCoefficients._fields.index("zero")
 
 # The words of a job, a small array of int64 that a kernel is given the address of.
-_ADDRESSES, _GRADIENTS, _CHUNKS, _COUNT, _FACTORS, _RULE, _PASS, _PARTIALS = range(8)
-_NEXT, _DONE, _RESULT, _IGNORED = 8, 9, 10, 11
-_WORDS = 12
+_ADDRESSES, _GRADIENTS, _CHUNKS, _COUNT, _FACTORS, _COEFFICIENTS, _PARTIALS = range(7)
+_NEXT, _DONE, _RESULT, _IGNORED = 7, 8, 9, 10
+_WORDS = 11
 
 Int64s = npt.NDArray[np.int64]
 
@@ -130,6 +129,7 @@ def _primitives() -> Any:
 
     half, single = ir.HalfType(), ir.FloatType()
     inline = numba.njit(error_model="numpy", fastmath=set(_ELEMENTWISE))
+    summing = numba.njit(error_model="numpy", fastmath=set(_REDUCING))
 
     class primitives:
         int64, float64 = types.int64, types.float64
@@ -137,7 +137,7 @@ def _primitives() -> Any:
         to_pointer = staticmethod(pointer)
         fetch_add = staticmethod(atomic("add"))
         exchange = staticmethod(atomic("xchg"))
-        njit = staticmethod(inline)
+        njit, reducing = staticmethod(inline), staticmethod(summing)
         half_to_single = convert(
             types.uint16,
             types.float32,
@@ -180,52 +180,84 @@ def _conversions(p: Any, dtype: str) -> tuple[Any, Any]:
     return identity, identity
 
 
-def _choices(p: Any) -> tuple[Any, Any, Any]:
-    """`minimum` and `maximum` that keep a NaN on either side, and `where`."""
-    return (
-        p.njit(lambda a, b: a if a < b or a != a else b),
-        p.njit(lambda a, b: a if a > b or a != a else b),
-        p.njit(lambda chosen, a, b: a if chosen != 0 else b),
-    )
+def _functions(p: Any) -> Any:
+    """`rule.Functions` as Numba compiles them."""
+
+    class functions:
+        sqrt = staticmethod(math.sqrt)
+        divide = staticmethod(p.njit(lambda a, b: a / b))
+        minimum = staticmethod(p.njit(lambda a, b: a if a < b or a != a else b))
+        maximum = staticmethod(p.njit(lambda a, b: a if a > b or a != a else b))
+        where = staticmethod(p.njit(lambda condition, a, b: a if condition != 0 else b))
+        abs = staticmethod(p.njit(lambda x: abs(x)))
+        sign = staticmethod(p.njit(lambda x: np.sign(x)))
+
+    return functions
 
 
-def _arithmetic(p: Any, kind: Pass, rule: RuleKey, rounded: Any) -> tuple[Any, Any]:
-    """`rule.make_gradient` and `rule.make_element`, bound to Numba."""
-    minimum, maximum, where = _choices(p)
-    gradient = p.njit(arithmetic.make_gradient(kind, minimum, maximum))
-    element = arithmetic.make_element(
-        kind,
-        p.njit(rule.bind(math.sqrt, maximum)),
-        gradient,
-        minimum=minimum,
-        maximum=maximum,
-        where=where,
-        rounded=rounded,
-    )
-    return gradient, p.njit(element)
+def _tuple(njit: Any, arguments: str, item: str, count: int, **names: Any) -> Any:
+    """A function that returns a tuple of so many items, in which {k} is 0, 1, ...
+
+    Numba has no loop over what a tuple is made of: the items are written out.
+    """
+    items = "".join(f"{item.format(k=k)}, " for k in range(count))
+    return njit(eval(f"lambda {arguments}: ({items})", names))
 
 
-def _build_pass(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> Any:
-    """The kernel that takes every element of its chunks through `kind`."""
+def _build_pass(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
+    """The kernel that takes every element of its chunks through `kind`.
+
+    The sums of squares of what is measured go to the partial results, in double.
+    """
+    import numba
+
     p = _primitives()
     stored, read = STORAGE[dtype], STORAGE[gradient_dtype]
-    real = np.dtype(ARITHMETIC[dtype]).type
+    real, double = np.dtype(ARITHMETIC[dtype]).type, np.float64
+    stored_type, read_type = numba.from_dtype(np.dtype(stored)), numba.from_dtype(np.dtype(read))
+    real_type = numba.from_dtype(np.dtype(real))
     stored_size, read_size = np.dtype(stored).itemsize, np.dtype(read).itemsize
     real_size = np.dtype(real).itemsize
+    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
+    fetch_add = p.fetch_add
+
+    functions = _functions(p)
     widen, narrow = _conversions(p, dtype)
     widen_gradient, _ = _conversions(p, gradient_dtype)
     is_half = dtype != ARITHMETIC[dtype]
     rounded = p.njit(lambda x: widen(narrow(x))) if is_half else p.njit(lambda x: x)
-    _, element = _arithmetic(p, kind, rule, rounded)
+    gradient = p.njit(arithmetic.make_gradient(kind, functions))
+    update = p.njit(rule.bind(functions))
+    element = p.njit(arithmetic.make_element(kind, update, gradient, functions, rounded))
+    measures = [p.njit(MEASURES[name](functions)) for name in kind.measured]
 
-    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
-    fetch_add = p.fetch_add
-    slots = len(rule.slots)
+    slots, coefficients, measured = len(rule.slots), len(rule.coefficients), len(measures)
     width = slots + 3  # w, slots, accumulator, average
-    has_gradient, updates, accumulated = kind.gradient, kind.updates, kind.accumulated
-    averaged, stores, factored = kind.averaged, kind.stores_variable, kind.clipped_by_factor
-    first, second, third = updates and slots > 0, updates and slots > 1, updates and slots > 2
-    at1, at2, at3 = min(1, slots), min(2, slots), min(3, slots)
+    has_gradient, accumulated, averaged = kind.gradient, kind.accumulated, kind.averaged
+    runs, stores, factored = not kind.measures_only, kind.stores_variable, kind.clipped_by_factor
+    accumulates, held = kind.stores_accumulator, slots if kind.stores_slots else 0
+
+    @p.njit
+    def put(array: Any, i: int, value: Any) -> Any:
+        array[i] = value
+        return value
+
+    @p.reducing
+    def square(x: Any) -> Any:
+        return double(x) * double(x)
+
+    names = {"real": real, "real_type": real_type, "view": view, "to_pointer": to_pointer}
+    pass_numbers = _tuple(p.njit, "c", "real(c[{k}])", PASS_C, **names)
+    rule_numbers = _tuple(p.njit, "c", f"real(c[{PASS_C} + {{k}}])", coefficients, **names)
+    slot = "view(to_pointer(row[{k} + 1] + at, real_type), (n,))"
+    slots_of = _tuple(p.njit, "row, at, n", slot, held, **names)
+    values_of = _tuple(p.njit, "arrays, i", "arrays[{k}][i]", held)
+    put_values = _tuple(p.njit, "arrays, i, x", "put(arrays[{k}], i, x[{k}])", held, put=put)
+    measure = {f"measure_{k}": each for k, each in enumerate(measures)} | {"square": square}
+    squares = "total[{k}] + square(measure_{k}(g, before, after))"
+    nothing = _tuple(p.njit, "zero", "double(zero)", measured, double=double)
+    added = _tuple(p.reducing, "total, g, before, after", squares, measured, **measure)
+    put_sums = _tuple(p.njit, "to, i, x", "put(to, i + {k}, x[{k}])", measured, put=put)
 
     def kernel(job: int) -> Any:
         j = view(to_pointer(job, int64), (_WORDS,))
@@ -236,22 +268,15 @@ def _build_pass(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> A
             k = fetch_add(job + 8 * _NEXT, 1)
             if k >= count:
                 break
-            rc = view(to_pointer(j[_RULE], float64), (4,))
-            pc = view(to_pointer(j[_PASS], float64), (8,))
-            rule_c = (real(rc[0]), real(rc[1]), real(rc[2]), real(rc[3]))
-            pass_c = (
-                real(pc[0]), real(pc[1]), real(pc[2]), real(pc[3]),
-                real(pc[4]), real(pc[5]), real(pc[6]), real(pc[7]),
-            )  # fmt: skip
-            zero = pass_c[7]
+            c = view(to_pointer(j[_COEFFICIENTS], float64), (PASS_C + coefficients,))
+            pass_c, rule_c = pass_numbers(c), rule_numbers(c)
+            zero = pass_c[_ZERO]
             chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
             tensor, offset, n = chunks[5 * k], chunks[5 * k + 1], chunks[5 * k + 2]
             row = view(to_pointer(j[_ADDRESSES] + 8 * width * tensor, int64), (width,))
             w = view(to_pointer(row[0] + offset * stored_size, stored_type), (n,))
             at = offset * real_size
-            s0 = view(to_pointer(row[at1] + at, real_type), (n,))
-            s1 = view(to_pointer(row[at2] + at, real_type), (n,))
-            s2 = view(to_pointer(row[at3] + at, real_type), (n,))
+            s = slots_of(row, at, n)
             accumulator = view(to_pointer(row[slots + 1] + at, real_type), (n,))
             average = view(to_pointer(row[slots + 2] + at, real_type), (n,))
             if has_gradient:
@@ -262,86 +287,40 @@ def _build_pass(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> A
                 factor = real(view(to_pointer(j[_FACTORS] + 8 * tensor, float64), (1,))[0])
             else:
                 factor = zero
+            totals = nothing(zero)
             for i in range(n):
-                new_w, new_slots, new_accumulator, new_average = element(
-                    widen(w[i]),
-                    real(widen_gradient(g[i])) if has_gradient else zero,
-                    (
-                        s0[i] if first else zero,
-                        s1[i] if second else zero,
-                        s2[i] if third else zero,
-                    ),
-                    accumulator[i] if accumulated else zero,
-                    average[i] if averaged else zero,
-                    factor,
-                    rule_c,
-                    pass_c,
-                )
-                if first:
-                    s0[i] = new_slots[0]
-                if second:
-                    s1[i] = new_slots[1]
-                if third:
-                    s2[i] = new_slots[2]
-                if accumulated:
-                    accumulator[i] = new_accumulator
-                if averaged:
-                    average[i] = new_average
-                if stores:
-                    w[i] = narrow(new_w)
+                x = real(widen_gradient(g[i])) if has_gradient else zero
+                if runs:
+                    before = widen(w[i])
+                    new_w, new_slots, new_accumulator, new_average = element(
+                        before,
+                        x,
+                        values_of(s, i),
+                        accumulator[i] if accumulated else zero,
+                        average[i] if averaged else zero,
+                        factor,
+                        rule_c,
+                        pass_c,
+                    )
+                else:
+                    before, new_w = zero, zero
+                if measured:
+                    x = gradient(x, accumulator[i] if accumulated else zero, pass_c)
+                    totals = added(totals, x, before, new_w)
+                if runs:
+                    put_values(s, i, new_slots)
+                    if accumulates:
+                        accumulator[i] = new_accumulator
+                    if averaged:
+                        average[i] = new_average
+                    if stores:
+                        w[i] = narrow(new_w)
+            if measured:
+                partials = view(to_pointer(j[_PARTIALS], float64), (count * measured,))
+                put_sums(partials, k * measured, totals)
             fetch_add(job + 8 * _DONE, 1)
         return fetch_add(job + 8 * _DONE, 0)
 
-    import numba
-
-    stored_type, read_type = numba.from_dtype(np.dtype(stored)), numba.from_dtype(np.dtype(read))
-    real_type = numba.from_dtype(np.dtype(real))
-    return kernel
-
-
-def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
-    """The kernel that writes the sum of squares of each chunk of the gradients, in double."""
-    p = _primitives()
-    read = STORAGE[gradient_dtype]
-    real = np.dtype(ARITHMETIC[dtype]).type
-    read_size, real_size = np.dtype(read).itemsize, np.dtype(real).itemsize
-    widen, _ = _conversions(p, gradient_dtype)
-    minimum, maximum, _ = _choices(p)
-    gradient = p.njit(arithmetic.make_gradient(kind, minimum, maximum))
-    int64, float64, view, to_pointer = p.int64, p.float64, p.view, p.to_pointer
-    fetch_add = p.fetch_add
-    accumulated, double = kind.accumulated, np.float64
-
-    def kernel(job: int) -> Any:
-        j = view(to_pointer(job, int64), (_WORDS,))
-        count = j[_COUNT]
-        while True:
-            k = fetch_add(job + 8 * _NEXT, 1)
-            if k >= count:
-                break
-            pc = view(to_pointer(j[_PASS], float64), (8,))
-            pass_c = (real(pc[0]), real(pc[1]), real(pc[2]))
-            zero = real(pc[7])
-            chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
-            partials = view(to_pointer(j[_PARTIALS], float64), (count,))
-            n = chunks[5 * k + 2]
-            sources = view(to_pointer(j[_GRADIENTS] + 8 * chunks[5 * k + 3], int64), (1,))
-            start = sources[0] + chunks[5 * k + 4] * read_size
-            g = view(to_pointer(start, read_type), (n,))
-            # The first column of the addresses is the accumulator here.
-            rows = view(to_pointer(j[_ADDRESSES] + 8 * chunks[5 * k], int64), (1,))
-            accumulator = view(to_pointer(rows[0] + chunks[5 * k + 1] * real_size, real_type), (n,))
-            total = double(pc[7])
-            for i in range(n):
-                x = gradient(real(widen(g[i])), accumulator[i] if accumulated else zero, pass_c)
-                total += double(x) * double(x)
-            partials[k] = total
-            fetch_add(job + 8 * _DONE, 1)
-        return fetch_add(job + 8 * _DONE, 0)
-
-    import numba
-
-    read_type, real_type = numba.from_dtype(np.dtype(read)), numba.from_dtype(np.dtype(real))
     return kernel
 
 
@@ -349,31 +328,16 @@ def _build_squares(kind: Pass, gradient_dtype: str, dtype: str) -> Any:
 
 
 @cache
-def _pass_kernel(kind: Pass, rule: RuleKey, dtype: str, gradient_dtype: str) -> jit.Kernel:
-    if "<" in rule.make.__qualname__:  # what it captured would be missing in the key
-        raise ValueError(
-            "A rule must be made by a function at the top level of a module, so that its source "
-            f"and its settings say all that it does. Received: {rule.make.__qualname__}."
-        )
+def _kernel(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> jit.Kernel:
     return jit.compiled(
         lambda: _build_pass(kind, rule, dtype, gradient_dtype),
-        repr((kind, rule.make.__module__, rule.make.__qualname__, rule[1:], dtype, gradient_dtype)),
+        repr((kind, rule.identity, dtype, gradient_dtype)),
         (
             jit.source_of(__name__),
             jit.source_of(arithmetic.__name__),
             jit.source_of(rule.make.__module__),
         ),
-        _ELEMENTWISE,
-    )
-
-
-@cache
-def _squares_kernel(kind: Pass, gradient_dtype: str, dtype: str) -> jit.Kernel:
-    return jit.compiled(
-        lambda: _build_squares(kind, gradient_dtype, dtype),
-        repr(("squares", kind, gradient_dtype, dtype)),
-        (jit.source_of(__name__), jit.source_of(arithmetic.__name__)),
-        _REDUCING,
+        _REDUCING if kind.measured else _ELEMENTWISE,
     )
 
 
@@ -616,6 +580,14 @@ def _address(values: npt.NDArray[Any]) -> int:
 
 _zeros = np.zeros(CHUNK, np.float64)  # the gradient of unused rows, whatever its type
 
+# What a pass measured, of each variable in order, to be asked for when the pass is done.
+Sums = Callable[[], list[tuple[float, ...]]]
+_NO_PARTIALS = array("d")
+
+
+def _nothing_measured() -> list[tuple[float, ...]]:
+    return []
+
 
 class Sweep:
     """A pass over flat memory of one element type, prepared once and run at each step.
@@ -635,7 +607,7 @@ class Sweep:
     def __init__(
         self,
         kind: Pass,
-        rule: RuleKey,
+        rule: Rule,
         dtype: str,
         gradient_dtype: str,
         addresses: Sequence[Sequence[int]],
@@ -648,7 +620,6 @@ class Sweep:
         self._elements = sum(sizes)
         self._chunks = _sparse_chunks(sizes[0], sparse) if sparse else _dense_chunks(sizes)
         self._addresses = np.array(addresses, np.int64)
-        self._accumulators = np.ascontiguousarray(self._addresses[:, -2])
         # A variable without elements has no chunk and must not take its neighbour's sum.
         self._first_chunk = np.searchsorted(self._chunks[:, 0], np.arange(len(sizes) + 1)).tolist()
         self._sources = array("q", [_address(sparse.values), _address(_zeros)]) if sparse else None
@@ -657,28 +628,21 @@ class Sweep:
         self._job[_CHUNKS] = _address(self._chunks)
         self._job[_COUNT] = len(self._chunks)
 
-    # Found on first use: a pass that never clips by a norm compiles no sum of squares.
+    # Found on first use: a pass that is only prepared compiles nothing.
     @cached_property
     def _kernel(self) -> jit.Kernel:
-        return _pass_kernel(*self._of)
-
-    @cached_property
-    def _squares(self) -> jit.Kernel:
-        kind, _, dtype, gradient_dtype = self._of
-        return _squares_kernel(kind, gradient_dtype, dtype)
+        return _kernel(*self._of)
 
     def _prepared(
         self,
         gradients: array[int],
         factors: array[float],
-        rule_c: array[float],
-        pass_c: array[float],
+        coefficients: array[float],
     ) -> array[int]:
         job = self._job[:]  # each run has its own counters: a helper may come late to an old one
         job[_GRADIENTS] = (self._sources or gradients).buffer_info()[0]
         job[_FACTORS] = factors.buffer_info()[0]
-        job[_RULE] = rule_c.buffer_info()[0]
-        job[_PASS] = pass_c.buffer_info()[0]
+        job[_COEFFICIENTS] = coefficients.buffer_info()[0]
         return job
 
     def _helper_count(self) -> int:
@@ -690,9 +654,8 @@ class Sweep:
         work: Work,
         gradients: array[int],
         factors: array[float],
-        rule_c: array[float],
-        pass_c: array[float],
-    ) -> None:
+        coefficients: array[float],
+    ) -> Sums:
         """Prepare to update the variables.
 
         Args:
@@ -700,29 +663,39 @@ class Sweep:
             gradients: an address a variable; not used if the gradient is sparse, or if there is
                 none.
             factors: what each gradient is multiplied by, if the pass clips by a factor.
-            rule_c: the rule's coefficients, four of them.
-            pass_c: the fields of `PassCoefficients`.
+            coefficients: the fields of `PassCoefficients`, and then the rule's coefficients.
+
+        Returns:
+            What the pass measures, once the work is done: a row a variable.
         """
-        job = self._prepared(gradients, factors, rule_c, pass_c)
-        held = self, gradients, factors, rule_c, pass_c
+        job = self._prepared(gradients, factors, coefficients)
+        measured = len(self._of[0].measured)
+        partials = _NO_PARTIALS
+        if measured:
+            partials = array("d", bytes(8 * len(self._chunks) * measured))
+            job[_PARTIALS] = partials.buffer_info()[0]
+        held = self, gradients, factors, coefficients, partials
         helpers = 0 if self._elements < PARALLEL else self._helper_count()
         work.add_kernel(self._kernel, job, helpers, held)
+        return partial(self._sums, partials, measured) if measured else _nothing_measured
 
-    def run(self, *arguments: array[Any]) -> None:
-        """Update the variables at once, by the arguments of `add_to` but the first."""
-        work = Work()
-        self.add_to(work, *arguments)
-        work.whole(work.do)
-
-    def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
-        """The sum of squares of each gradient, unscaled and averaged, in double precision."""
-        job = self._prepared(gradients, pass_c, pass_c, pass_c)
-        partials = array("d", bytes(8 * len(self._chunks)))
-        job[_ADDRESSES] = _address(self._accumulators)
-        job[_PARTIALS] = partials.buffer_info()[0]
-        work = Work()
-        helpers = 0 if self._elements < PARALLEL else self._helper_count()
-        work.add_kernel(self._squares, job, helpers, (self, gradients, pass_c, partials))
-        work.do()
+    def _sums(self, partials: array[float], measured: int) -> list[tuple[float, ...]]:
         # In the order of memory, so that a sum does not depend on who computed which chunk.
-        return [sum(partials[start:stop]) for start, stop in pairwise(self._first_chunk)]
+        return [
+            tuple(
+                sum(partials[start * measured + k : stop * measured : measured])
+                for k in range(measured)
+            )
+            for start, stop in pairwise(self._first_chunk)
+        ]
+
+    def run(self, *arguments: array[Any]) -> list[tuple[float, ...]]:
+        """Update the variables at once, by the arguments of `add_to` but the first.
+
+        Returns:
+            What the pass measures: a row a variable.
+        """
+        work = Work()
+        sums = self.add_to(work, *arguments)
+        work.whole(work.do)
+        return sums()

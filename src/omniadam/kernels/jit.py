@@ -34,6 +34,8 @@ def compiled(
     specialisation: str,
     sources: tuple[str, ...],
     fastmath: frozenset[str],
+    *,
+    holds_lock: bool = False,
 ) -> Kernel:
     """The kernel that `build()` returns as a Python function of one int64, as machine code.
 
@@ -42,10 +44,11 @@ def compiled(
         specialisation: everything that `build` captured, as text.
         sources: the source text that the code was written in, beside this file.
         fastmath: LLVM's fast-math flags.
+        holds_lock: whether it has the interpreter's lock while it runs, as what reads Python's own
+            structures must; else it gives that up by itself.
 
     Returns:
-        A function `(result_address, 0, job_address) -> 0`, to be called without a lock: it gives
-        up the interpreter's lock by itself while it runs.
+        A function `(result_address, 0, job_address) -> 0`.
     """
     digest = hashlib.sha256()
     for part in (*_environment(), specialisation, *sorted(fastmath), *sources):
@@ -55,7 +58,7 @@ def compiled(
     if code is None:
         code = _compile(build(), fastmath)
         _write(key, code)
-    return _load(code)
+    return _load(code, ctypes.PYFUNCTYPE if holds_lock else ctypes.CFUNCTYPE)
 
 
 @cache
@@ -78,7 +81,7 @@ def _environment() -> tuple[str, ...]:
 @cache
 def source_of(module: str) -> str:
     """The source text of a module, which is part of a kernel's key."""
-    file = getattr(sys.modules[module], "__file__", None)
+    file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         raise ValueError(
             f"A rule must be written in a file, whose text tells its machine code from others'. "
@@ -133,7 +136,7 @@ def _compile(function: Callable[[int], Any], fastmath: frozenset[str]) -> bytes:
     return bytes(machine.emit_object(module))
 
 
-def _load(code: bytes) -> Kernel:
+def _load(code: bytes, prototype: Any) -> Kernel:
     import llvmlite.binding as llvm
 
     _target()
@@ -144,8 +147,9 @@ def _load(code: bytes) -> Kernel:
     address = engine.get_function_address(_SYMBOL)
     if not address:
         raise RuntimeError("The compiled kernel has no entry point; set OMNIADAM_KERNEL=numpy.")
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    return prototype(address)
+    kind = prototype(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    function: Kernel = kind(address)
+    return function
 
 
 def _folders() -> Iterator[Path]:

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import rule as arithmetic
-from ..rule import Pass, RuleKey
+from ..rule import MEASURES, Pass, Rule
+from ..tuned import BUFFERED, BUFFERED_ON_NUMPY, CHUNK
 from . import cpu
-from .cpu import SparseRows, Sweep, Work
+from .cpu import PASS_C, SparseRows, Sums, Sweep, Work
 
 Array = npt.NDArray[Any]
-
-_NO_DOUBLES = array("d", [0.0] * 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class Operand:
         """What a pass touches beside the gradient, None for what it does not."""
         return [
             self.variable,
-            *(self.slots if kind.updates else [None] * len(self.slots)),
+            *(self.slots if kind.stores_slots else ()),
             self.accumulator if kind.accumulated else None,
             self.average if kind.averaged else None,
         ]
@@ -84,7 +83,7 @@ class Plan:
     def __init__(
         self,
         kind: Pass,
-        rule: RuleKey,
+        rule: Rule,
         operands: Sequence[Operand],
         decayed: Sequence[bool],
         threads: Callable[[], int] = cpu.threads,
@@ -113,27 +112,22 @@ class Plan:
         work: Work,
         gradients: array[int],
         factors: array[float],
-        rule_c: array[float],
-        pass_c: array[float],
-    ) -> None:
-        """As `Sweep.add_to`, with an address and a factor an operand."""
+        coefficients: array[float],
+    ) -> Sums:
+        """As `Sweep.add_to`, with an address and a factor an operand, in their order."""
         if len(self._groups) == 1:
-            self._groups[0][1].add_to(work, gradients, factors, rule_c, pass_c)
-            return
+            return self._groups[0][1].add_to(work, gradients, factors, coefficients)
+        parts = []
         for indices, sweep in self._groups:
             chosen = _chosen(gradients, indices), _chosen(factors, indices)
-            sweep.add_to(work, *chosen, rule_c, pass_c)
+            parts.append((indices, sweep.add_to(work, *chosen, coefficients)))
+        return lambda: in_order(parts)
 
-    def square_sums(self, gradients: array[int], pass_c: array[float]) -> list[float]:
-        """As `Sweep.square_sums`, in the order of the operands."""
-        if len(self._groups) == 1:
-            return self._groups[0][1].square_sums(gradients, pass_c)
-        sums = [0.0] * sum(len(indices) for indices, _ in self._groups)
-        for indices, sweep in self._groups:
-            part = sweep.square_sums(_chosen(gradients, indices), pass_c)
-            for i, value in zip(indices, part, strict=True):
-                sums[i] = value
-        return sums
+
+def in_order(parts: Sequence[tuple[Sequence[int], Sums]]) -> list[tuple[float, ...]]:
+    """What several passes measured, by the positions of the operands."""
+    rows = {i: row for indices, sums in parts for i, row in zip(indices, sums(), strict=False)}
+    return [rows[i] for i in sorted(rows)]
 
 
 def _chosen(values: array[Any], indices: list[int]) -> array[Any]:
@@ -178,7 +172,7 @@ class Odd:
     def __init__(
         self,
         kind: Pass,
-        rule: RuleKey,
+        rule: Rule,
         operand: Operand,
         gradient: Array | SparseRows | None,
         gradient_dtype: str,
@@ -216,8 +210,9 @@ class Odd:
         streams = [*operand.streams(kind), self._dense]
         stored = [each is not None for each in streams]
         stored[0], stored[-1] = kind.stores_variable, False
+        stored[-3] = stored[-3] and kind.stores_accumulator
         dtypes = [None if each is None else each.dtype for each in streams]
-        size = cpu.CHUNK * (8 if self._compiled else 2)
+        size = CHUNK * (BUFFERED if self._compiled else BUFFERED_ON_NUMPY)
         stop = 0
         order = "K" if self._sparse is None else "C"  # of memory; of rows
         for *pieces, gradient in _buffers(streams, stored, size, dtypes, order):
@@ -226,31 +221,36 @@ class Odd:
                 gradient = self._sparse.dense(start, stop)
             yield pieces, gradient
 
-    def add_to(
-        self, work: Work, factors: array[float], rule_c: array[float], pass_c: array[float]
-    ) -> None:
+    def add_to(self, work: Work, factors: array[float], coefficients: array[float]) -> Sums:
         """As `Sweep.add_to` for this operand."""
         if self._sweep is not None:
-            self._sweep.add_to(work, self._address, factors, rule_c, pass_c)
-            return
+            return self._sweep.add_to(work, self._address, factors, coefficients)
         if self._compiled:  # what can fail comes before anything is written
-            cpu._pass_kernel(self._kind, self._rule, self._operand.dtype, self._gradient_dtype)
-        work.add_python(self._run_by_pieces, factors, rule_c, pass_c)
+            cpu._kernel(self._kind, self._rule, self._operand.dtype, self._gradient_dtype)
+        totals = [0.0] * len(self._kind.measured)
+        work.add_python(self._run_by_pieces, totals, factors, coefficients)
+        return lambda: [tuple(totals)] if totals else []
 
     def _run_by_pieces(
-        self, factors: array[float], rule_c: array[float], pass_c: array[float]
+        self,
+        totals: list[float],
+        factors: array[float],
+        coefficients: array[float],
     ) -> None:
-        if self._compiled:
-            for pieces, gradient in self._pieces():
+        element = _on_numpy(self._kind, self._rule, self._operand.dtype)
+        factor = factors[0] if factors else 1.0
+        for pieces, gradient in self._pieces():
+            if self._compiled:
                 sweep = self._over(pieces, pieces[0].size)  # type: ignore[union-attr]
                 at = array("q", [0 if gradient is None else gradient.ctypes.data])
-                sweep.run(at, factors, rule_c, pass_c)
-        else:
-            element = _on_numpy(self._kind, self._rule, self._operand.dtype)
-            factor = factors[0] if factors else 1.0
-            with np.errstate(all="ignore"):
-                for (w, *rest), gradient in self._pieces():
-                    self._interpret(element, w, rest, gradient, factor, rule_c, pass_c)
+                found = sweep.run(at, factors, coefficients)
+                sums: Sequence[float] = found[0] if found else ()
+            else:
+                w, *rest = pieces
+                with np.errstate(all="ignore"):
+                    sums = self._interpret(element, w, rest, gradient, factor, coefficients)
+            for k, each in enumerate(sums):
+                totals[k] += each
 
     def _interpret(
         self,
@@ -259,48 +259,44 @@ class Odd:
         rest: list[Any],
         gradient: Any,
         factor: float,
-        rule_c: array[float],
-        pass_c: array[float],
-    ) -> None:
+        coefficients: array[float],
+    ) -> list[float]:
         *slots, accumulator, average = rest
-        real = np.dtype(cpu.ARITHMETIC[self._operand.dtype])
+        kind, dtype = self._kind, self._operand.dtype
+        pass_c = tuple(coefficients[:PASS_C])
         if gradient is not None:
+            real = np.dtype(cpu.ARITHMETIC[dtype])
             gradient = widened(gradient, self._gradient_dtype).astype(real, copy=False)
-        new = element(
-            widened(w, self._operand.dtype),
-            gradient,
-            tuple(slots),
-            accumulator,
-            average,
-            factor,
-            tuple(rule_c),
-            tuple(pass_c),
-        )
-        if self._kind.updates:
+        after = before = widened(w, dtype)
+        if not kind.measures_only:
+            new = element(
+                before,
+                gradient,
+                tuple(slots),
+                accumulator,
+                average,
+                factor,
+                tuple(coefficients[PASS_C:]),
+                pass_c,
+            )
+            after = new[0]
+        sums = []
+        if kind.measured:
+            g = arithmetic.make_gradient(kind, OnNumPy)(gradient, accumulator, pass_c)
+            for name in kind.measured:
+                values = MEASURES[name](OnNumPy)(g, before, after)
+                # np.dot would round as BLAS divides the sum among its threads.
+                sums.append(float(np.sum(np.square(values.astype(np.float64, copy=False)))))
+        if kind.stores_slots:
             for slot, value in zip(slots, new[1], strict=True):
                 slot[...] = value
-        if self._kind.accumulated:
+        if kind.stores_accumulator:
             accumulator[...] = new[2]
-        if self._kind.averaged:
+        if kind.averaged:
             average[...] = new[3]
-        if self._kind.stores_variable:
-            w[...] = narrowed(new[0], self._operand.dtype)
-
-    def square_sum(self, pass_c: array[float]) -> float:
-        """As `Sweep.square_sums` for this operand."""
-        if self._sweep is not None:
-            return self._sweep.square_sums(self._address, pass_c)[0]
-        total = 0.0
-        gradient_of = arithmetic.make_gradient(self._kind, np.minimum, np.maximum)
-        for (*_, accumulator, _), gradient in self._pieces():
-            real = np.dtype(cpu.ARITHMETIC[self._operand.dtype])
-            with np.errstate(all="ignore"):
-                assert gradient is not None
-                g = widened(gradient, self._gradient_dtype).astype(real, copy=False)
-                g = gradient_of(g, accumulator, tuple(pass_c)).astype(np.float64, copy=False)
-                # np.dot would round as BLAS divides the sum among its threads.
-                total += float(np.sum(np.square(g)))
-        return total
+        if kind.stores_variable:
+            w[...] = narrowed(after, dtype)
+        return sums
 
 
 def widened(values: Array, dtype: str) -> Array:
@@ -323,15 +319,20 @@ def narrowed(values: Array, dtype: str) -> Array:
     return values
 
 
-def _on_numpy(kind: Pass, rule: RuleKey, dtype: str) -> Callable[..., Any]:
+class OnNumPy:
+    """`rule.Functions` of whole arrays."""
+
+    sqrt, divide, abs, sign = np.sqrt, np.divide, np.abs, np.sign
+    minimum, maximum, where = np.minimum, np.maximum, np.where
+
+
+def _on_numpy(kind: Pass, rule: Rule, dtype: str) -> Callable[..., Any]:
     return arithmetic.make_element(
         kind,
-        rule.bind(np.sqrt, np.maximum),
-        arithmetic.make_gradient(kind, np.minimum, np.maximum),
-        minimum=np.minimum,
-        maximum=np.maximum,
-        where=np.where,
-        rounded=lambda x: widened(narrowed(x, dtype), dtype),
+        rule.bind(OnNumPy),
+        arithmetic.make_gradient(kind, OnNumPy),
+        OnNumPy,
+        lambda x: widened(narrowed(x, dtype), dtype),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import cpu, jit
+from ..kernels import cpu, jit
 
 _HEADER = object.__basicsize__
 _TYPE = _HEADER - 8
@@ -143,6 +143,7 @@ def _kernel() -> jit.Kernel:
         repr((__name__, _HEADER, np.__version__)),
         (jit.source_of(__name__), jit.source_of(cpu.__name__)),
         frozenset(),
+        holds_lock=True,
     )
 
 

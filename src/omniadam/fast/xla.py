@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 
 from .. import rule as arithmetic
-from ..rule import Pass, RuleKey
-from . import cpu, jit
+from ..kernels import cpu, jit
+from ..rule import Pass, Rule
+from ..tuned import PARALLEL
 
 # What a job holds beside the words that a kernel reads.
 _KERNEL, _TASK, _HELPERS, _YIELD, _COUNT_OF_PLACES, _PLACES, _COEFFICIENTS = range(
     cpu._WORDS, cpu._WORDS + 7
 )
-_COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS = range(cpu._WORDS + 7, cpu._WORDS + 10)
-_ARGUMENTS = cpu._WORDS + 10  # five words, of which XLA's functions take their arguments
+_COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS, _MEASURED = range(cpu._WORDS + 7, cpu._WORDS + 11)
+_ARGUMENTS = cpu._WORDS + 11  # five words, of which XLA's functions take their arguments
 _BUSY = _ARGUMENTS + 5  # by whom a call was begun that is not over: one, or those who wait as well
 _KEY, _LINK = _BUSY + 1, _BUSY + 2  # what a program knows a job by, and the next job
 _WORDS = _BUSY + 3
-_RULE_C, _PASS_C = 4, 8  # how many coefficients there are
 # Sizes in bytes of the structures that XLA hands over, as it states them; of those that may grow at
 # their ends, how much of them is read.
 _FRAME, _API, _EXTENSION = 15 * 8, 18 * 8, 24
@@ -109,7 +109,7 @@ def _build_handler() -> Any:
                 version = view(to_pointer(metadata + 24, int32), (2,))
                 version[0], version[1] = (0 if minor >= 0 else -1), minor
                 return 0
-        # What has another size than here is left alone: `_kernels_work` sees that nothing is done.
+        # What has another size than here is left alone: `kernels_work` sees that nothing is done.
         if minor < 0 or f[5] != _ARRAYS or f[10] != _ARRAYS:
             return 0
         if view(to_pointer(frame + 32, int32), (1,))[0] != 3:  # not the stage of execution
@@ -163,18 +163,21 @@ def _build_handler() -> Any:
         while fetch_add(job + 8 * cpu._DONE, 0) < j[cpu._COUNT]:
             if j[_YIELD] != 0:
                 call(j[_YIELD], 0)
-        if j[_FIRST_CHUNKS] != 0:
-            partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu._COUNT],))
+        m = j[_MEASURED]
+        if m != 0:
+            partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu._COUNT] * m,))
             first = view(to_pointer(j[_FIRST_CHUNKS], int64), (j[_TENSORS] + 1,))
-            result = view(to_pointer(f[14], int64), (1,))[0]
+            # What was measured is the last result.
+            result = view(to_pointer(f[14], int64), (f[12],))[f[12] - 1]
             n = j[_TENSORS]
-            sums = view(to_pointer(data_of(result), float32), (2, n))
-            sums_wide = view(to_pointer(data_of(result), float64), (2, n))
+            sums = view(to_pointer(data_of(result), float32), (2, n, m))
+            sums_wide = view(to_pointer(data_of(result), float64), (2, n, m))
             is_wide = view(to_pointer(result + 16, int32), (1,))[0] == 12
-            for tensor in range(n):
+            for at in range(n * m):
+                tensor, which = at // m, at % m
                 total, scale = 0.0, 1.0
                 for k in range(first[tensor], first[tensor + 1]):
-                    total += partials[k]
+                    total += partials[k * m + which]
                 # The sum of what was divided by the scale, for float32 to hold it.
                 while 2.0**64 < total < np.inf and scale < 2.0**96:
                     total, scale = total * 2.0**-64, scale * 2.0**32
@@ -183,9 +186,10 @@ def _build_handler() -> Any:
                 if total == 0.0:  # of no weight beside others
                     scale = 2.0**-126
                 if is_wide:
-                    sums_wide[0, tensor], sums_wide[1, tensor] = total, scale
+                    sums_wide[0, tensor, which], sums_wide[1, tensor, which] = total, scale
                 else:
-                    sums[0, tensor], sums[1, tensor] = float32(total), float32(scale)
+                    sums[0, tensor, which] = float32(total)
+                    sums[1, tensor, which] = float32(scale)
         fetch_add(job + 8 * _BUSY, -1)
         return 0
 
@@ -274,42 +278,29 @@ _jobs: dict[int, Job] = {}
 _making = threading.Lock()  # of two jobs that were linked at once, one would not be found
 
 
-def job(
-    kind: Pass,
-    rule: RuleKey,
-    dtype: str,
-    gradient_dtype: str,
-    sizes: Sequence[int],
-    *,
-    squares: bool = False,
-) -> Job:
+def job(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str, sizes: Sequence[int]) -> Job:
     """The job of these arguments, those of `Job`; one for all programs that ask for the same."""
-    made = rule.make
-    what = (kind, made.__module__, made.__qualname__, rule[1:], dtype, gradient_dtype)
-    digest = hashlib.sha256(repr((*what, tuple(sizes), squares)).encode())
+    what = (kind, rule.identity, dtype, gradient_dtype, tuple(sizes))
+    digest = hashlib.sha256(repr(what).encode())
     # Of another version of the code it is another key: caches on disk keep programs.
-    for module in (__name__, cpu.__name__, arithmetic.__name__, made.__module__):
+    for module in (__name__, cpu.__name__, arithmetic.__name__, rule.make.__module__):
         digest.update(jit.source_of(module).encode())
     key = int.from_bytes(digest.digest()[:8], "little", signed=True)
     with _making:
         if key not in _jobs:
-            _jobs[key] = Job(key, kind, rule, dtype, gradient_dtype, sizes, squares=squares)
+            _jobs[key] = Job(key, kind, rule, dtype, gradient_dtype, sizes)
     _jobs[key].choose_threads()
     return _jobs[key]
-
-
-def serves(rule: RuleKey) -> bool:
-    """Whether there can be a kernel of this rule: see `cpu`."""
-    is_at_top_level = "<" not in rule.make.__qualname__
-    return cpu.available() and is_at_top_level and len(rule.slots) <= 3
 
 
 class Job:
     """A pass over variables of one element type, whose memory is known when it runs.
 
-    The operands of the call are `plan`, the coefficients (the rule's four, those of the pass, and
-    a factor a variable if the pass clips by one), and the arrays: variable by variable what the
-    pass touches beside the gradient, as in `streams`, and then all gradients.
+    The operands of the call are `plan`, the coefficients (those of the pass, the rule's, and a
+    factor a variable if the pass clips by one), and the arrays: variable by variable what the pass
+    touches beside the gradient, in the order of `Operand.streams`, and then all gradients. Its
+    results are what is overwritten of these, and what is measured, of shape (2, variables,
+    measures): sums of squares of what was divided by a scale, and the scales.
 
     Args:
         key: what programs know it by.
@@ -318,29 +309,23 @@ class Job:
         dtype: of the variables; float32, float64, float16 or bfloat16.
         gradient_dtype: of every gradient; likewise.
         sizes: in elements, one a variable.
-        squares: whether it only sums the squares of each gradient.
     """
 
     def __init__(
         self,
         key: int,
         kind: Pass,
-        rule: RuleKey,
+        rule: Rule,
         dtype: str,
         gradient_dtype: str,
         sizes: Sequence[int],
-        *,
-        squares: bool = False,
     ) -> None:
         n, slots = len(sizes), len(rule.slots)
-        if squares:
-            kernel, width = cpu._squares_kernel(kind, gradient_dtype, dtype), 1
-            columns = [0] if kind.accumulated else []
-        else:
-            kernel, width = cpu._pass_kernel(kind, rule, dtype, gradient_dtype), slots + 3
-            columns = [0, *(range(1, slots + 1) if kind.updates else ())]
-            columns += [slots + 1] if kind.accumulated else []
-            columns += [slots + 2] if kind.averaged else []
+        kernel, width = cpu._kernel(kind, rule, dtype, gradient_dtype), slots + 3
+        columns = [] if kind.measures_only else [0]
+        columns += range(1, slots + 1) if kind.stores_slots else ()
+        columns += [slots + 1] if kind.accumulated else []
+        columns += [slots + 2] if kind.averaged else []
         self._chunks = cpu._dense_chunks(sizes)
         self._addresses = np.zeros(n * width + n, np.int64)
         rows = self._addresses.ctypes.data
@@ -349,33 +334,33 @@ class Job:
         if kind.gradient:
             places += range(gradients, gradients + 8 * n, 8)
         self._places = np.array(places, np.int64)
-        # Of a sum of squares the factors are not read.
-        self._coefficients = np.zeros(_RULE_C + _PASS_C + n)
+        fixed, measured = len(rule.coefficients) + cpu.PASS_C, len(kind.measured)
+        self._coefficients = np.zeros(fixed + n)
         at = self._coefficients.ctypes.data
-        self._partials = np.zeros(len(self._chunks))
+        self._partials = np.zeros(len(self._chunks) * measured)
         first = np.searchsorted(self._chunks[:, 0], np.arange(n + 1))
         self._first = np.ascontiguousarray(first, np.int64)
         self._elements = sum(sizes)
         self._words = words = np.zeros(_WORDS, np.int64)
         words[cpu._ADDRESSES], words[cpu._GRADIENTS] = rows, gradients
         words[cpu._CHUNKS], words[cpu._COUNT] = self._chunks.ctypes.data, len(self._chunks)
-        words[cpu._RULE], words[cpu._PASS] = at, at + 8 * _RULE_C
-        words[cpu._FACTORS] = at + 8 * (_RULE_C + _PASS_C)
+        words[cpu._COEFFICIENTS] = at
+        words[cpu._FACTORS] = at + 8 * fixed
         words[cpu._PARTIALS] = self._partials.ctypes.data
         words[_KERNEL], words[_TASK] = _address_of(kernel), _entry(_build_task)
         words[_YIELD] = _yield()
         words[_PLACES], words[_COUNT_OF_PLACES] = self._places.ctypes.data, len(places)
-        is_factored = kind.clipped_by_factor and not squares
         words[_COEFFICIENTS] = at
-        words[_COUNT_OF_COEFFICIENTS] = _RULE_C + _PASS_C + n * is_factored
-        words[_FIRST_CHUNKS], words[_TENSORS] = self._first.ctypes.data * squares, n
+        words[_COUNT_OF_COEFFICIENTS] = fixed + n * kind.clipped_by_factor
+        words[_FIRST_CHUNKS], words[_TENSORS] = self._first.ctypes.data, n
+        words[_MEASURED] = measured
 
         words[_KEY], words[_LINK] = key, _root[0]
         _root[0] = words.ctypes.data  # from now on it can be found
 
     def choose_threads(self) -> None:
         """Let the next calls use as many threads as are asked for now."""
-        is_large = self._elements >= cpu.PARALLEL
+        is_large = self._elements >= PARALLEL
         most = min(cpu.threads(), len(self._chunks)) if is_large else 1
         self._words[_HELPERS] = max(0, most - 1)
 

@@ -1,0 +1,297 @@
+"""What an optimizer keeps, under which names, and for which variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import options
+from .backends import backend_of
+from .backends.base import Backend, Entry, received
+
+Array = npt.NDArray[Any]
+
+
+class State:
+    """Counters, then slots in the order of their creation, which is the order of Keras's files.
+
+    Before there are variables, counters are NumPy arrays; then they are the variables' library's.
+    """
+
+    def __init__(self) -> None:
+        self.backend: Backend | None = None  # of the variables
+        self.entries: tuple[Entry, ...] = ()
+        self.index: dict[int, int] = {}  # id of a variable -> position of its entry
+        self.iteration: Any = np.zeros((), np.int64)
+        self.rate: Any = None  # the learning rate, if it is a number
+        self.named: list[tuple[str, Any]] = [("iteration", self.iteration)]
+        # From a pickle or a copy, until the variables that it is for are given.
+        self.restored: Restored | None = None
+        # What to set the weights to once they exist, after `migrate`.
+        self.awaited: list[Array] | None = None
+        self._names: UniqueNames | None = None
+
+    def __copy__(self) -> State:
+        """What it is now, to go back to."""
+        new = object.__new__(State)
+        new.__dict__ = self.__dict__ | {"named": self.named.copy()}
+        return new
+
+    # --- counters ---
+
+    def set_rate(self, rate: float | None) -> None:
+        """Keep the learning rate as a number, or not at all."""
+        self.named = [each for each in self.named if each[1] is not self.rate]
+        self.rate = None if rate is None else self.create(np.array(rate, np.float64))
+        if rate is not None:
+            self.named.insert(1, ("learning_rate", self.rate))
+
+    def create(self, value: Array) -> Any:
+        """A state variable with this value."""
+        return value if self.backend is None else self.backend.create(value)
+
+    def read(self, scalar: Any) -> Any:
+        """The number that a state variable holds."""
+        # A counter may be of a library before that is known to be the variables'.
+        return host(scalar).item() if self.backend is None else self.backend.value(scalar)
+
+    def assign(self, variable: Any, value: Any) -> None:
+        """Overwrite a variable of the model or of the state."""
+        backend = self.backend
+        if backend is None:
+            kind = backend_of(variable)
+            assert kind is not None
+            backend = kind.over([variable])
+        backend.assign(variable, value)
+
+    def counted(self) -> int | None:
+        """How many calls there were, if that can be known at this moment."""
+        if self.backend is not None:
+            return self.backend.counted(self.iteration)
+        held = self.iteration
+        return held.item() if isinstance(held, np.ndarray) else None
+
+    def moved(self, value: Any) -> Any:
+        """A counter that was made before the library was known, as that library's variable."""
+        assert self.backend is not None
+        is_own = self.backend.has(value)
+        return value if is_own else self.backend.create(host(value))
+
+    def replace_counter(self, value: Any, by: Any) -> None:
+        """Count, or keep the rate, in another variable."""
+        if value is self.iteration:
+            self.iteration = by
+        elif value is self.rate:
+            self.rate = by
+        self.named = [(name, by if each is value else each) for name, each in self.named]
+
+    # --- variables ---
+
+    def hold(self, entries: Iterable[Entry]) -> None:
+        """Be for these variables, in this order."""
+        self.entries = tuple(entries)
+        self.index = {id(entry.key): i for i, entry in enumerate(self.entries)}
+
+    def position(self, variable: Any) -> int:
+        """Which of the variables it is; raises ValueError for others."""
+        found = self.index.get(id(variable))
+        if found is None:
+            raise ValueError(
+                f"Unknown variable: {received(variable)} of shape "
+                f"{getattr(variable, 'shape', 'unknown')}. This optimizer was built with "
+                f"{len(self.entries)} variables: {names_of(self.entries)}. It works on these "
+                "objects only; create a new optimizer for others."
+            )
+        return found
+
+    def track(self, owner: Any, name: str, variable: Any) -> None:
+        """Keep a new state variable under this name, or one like it that is not taken.
+
+        It has the value that a pickle, a copy, or a checkpoint that `owner` reads has for it.
+        """
+        assert self.backend is not None
+        names = self._names
+        if names is None or len(names) != len(self.named):
+            names = self._names = UniqueNames(each for each, _ in self.named)
+        unique = names.unique(name)
+        self.named.append((unique, variable))
+        if self.restored is not None:
+            value = self.restored.state.get(unique)
+            if value is None or value.shape != tuple(variable.shape):
+                raise ValueError(
+                    f"The state of this optimizer, from a pickle or a copy, has no '{unique}' of "
+                    f"shape {tuple(variable.shape)}. It has {list(self.restored.state)}. Settings "
+                    "that decide which state is kept cannot be changed."
+                )
+            with self.backend.untraced():
+                self.assign(variable, value)
+        self.backend.created(owner, unique, variable)
+
+    def names_for(self, backend: Backend, variables: Sequence[Any]) -> list[str]:
+        """Names for variables that came without."""
+        restored = self.restored
+        if restored is not None and len(restored.variables) == len(variables):
+            return [name for name, _, _ in restored.variables]
+        return list(
+            map(UniqueNames().unique, (backend.name_of(v) or "variable" for v in variables))
+        )
+
+    def check_restored(self, entries: Sequence[Entry]) -> None:
+        """Raise ValueError if a pickle or a copy is for other variables."""
+        restored = self.restored
+        if restored is None:
+            return
+        given = tuple((e.name, e.shape, e.dtype) for e in entries)
+        for i, expected in enumerate(restored.variables):
+            if len(given) != len(restored.variables) or given[i] != expected:
+                name, shape, dtype = expected
+                found = given[i] if i < len(given) else "none"
+                raise ValueError(
+                    "The state of this optimizer, from a pickle or a copy, belongs to "
+                    f"{len(restored.variables)} variables, of which number {i} is '{name}' of "
+                    f"shape {shape} and dtype {dtype}. Received {len(given)} variables, of which "
+                    f"number {i} is {found}. Pass all of them in the same order once, with "
+                    "build(variables); afterwards a step may be given fewer."
+                )
+
+    # --- saved and set as a whole ---
+
+    def saved(self) -> dict[str, Array]:
+        """Copies of the state by name, and of what still waits for the variables it is for."""
+        # Before there are variables, a checkpoint may have brought counters of TensorFlow's.
+        backend = self.backend
+        read = copied if backend is None else backend.numpy
+        with nullcontext() if backend is None else backend.turn:  # of one step, the whole state
+            saved = {name: read(value) for name, value in self.named}
+        if self.restored is not None:
+            for name, value in self.restored.state.items():
+                saved.setdefault(name, np.array(value))
+        return saved
+
+    def set(self, weights: Sequence[Any]) -> None:
+        """Set all of it, or raise ValueError and set nothing."""
+        if len(weights) != len(self.named):
+            raise ValueError(
+                f"`set_weights` needs {len(self.named)} arrays, one for each of "
+                f"{[name for name, _ in self.named]}. Received {len(weights)}."
+            )
+        assert self.backend is not None
+        arrays = list(self._checked(weights))
+        with self.backend.turn:
+            for (_, variable), value in zip(self.named, arrays, strict=True):
+                self.backend.assign(variable, value)
+
+    def _checked(self, weights: Sequence[Any]) -> Iterator[Array]:
+        assert self.backend is not None
+        for (name, variable), weight in zip(self.named, weights, strict=True):
+            (shape, dtype), value = self.backend.form(variable), host(weight)
+            is_masked = isinstance(weight, np.ma.MaskedArray)
+            fits = value.shape == shape and value.dtype.kind in "fiu" and not is_masked
+            is_count = dtype.kind in "iu"
+            if not fits or (is_count and not all(float(x).is_integer() for x in value.flat)):
+                raise ValueError(
+                    f"State variable '{name}' must be set to {'whole' if is_count else 'real'} "
+                    f"numbers of shape {shape} (its dtype is {dtype}). Received shape "
+                    f"{value.shape} and dtype {value.dtype}. Pass what get_weights() returned for "
+                    "the same variables and settings."
+                )
+            if is_count:
+                self._check_whole(name, variable, value, dtype)
+            with np.errstate(over="ignore"):  # infinite in a smaller type, which a rate must not be
+                value = value.astype(dtype)
+            if variable is self.rate:
+                options.rate(name, value)
+            yield value
+
+    def _check_whole(self, name: str, variable: Any, value: Array, dtype: np.dtype[Any]) -> None:
+        """Raise ValueError if whole numbers cannot be held, or are none of what is counted."""
+        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        low = 0 if variable is self.iteration else low
+        wrong = [x for x in map(int, value.ravel().tolist()) if not low <= x <= high]
+        if wrong:
+            raise ValueError(
+                f"State variable '{name}' must be set to whole numbers from {low} to {high} (its "
+                f"dtype is {dtype}). Received: {wrong[0]}."
+            )
+
+    def apart(self) -> State:
+        """A copy without the variables, for which all but the counters then waits."""
+        held = tuple((e.name, e.shape, e.dtype) for e in self.entries) or (
+            self.restored.variables if self.restored else ()
+        )
+        new, saved = State(), self.saved()
+        names = {id(value): name for name, value in self.named}
+        new.iteration = saved.pop(names[id(self.iteration)])
+        new.named = [("iteration", new.iteration)]
+        if self.rate is not None:
+            new.rate = saved.pop(names[id(self.rate)])
+            new.named.append(("learning_rate", new.rate))
+        new.restored = Restored(held, saved) if held else None
+        new.awaited = self.awaited
+        return new
+
+
+class Restored(NamedTuple):
+    """State from a pickle or a copy, until the variables that it is for are given."""
+
+    variables: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
+    state: dict[str, Array]  # beside the counters
+
+
+class UniqueNames:
+    """Keras's way to tell variables of one name apart: dense, dense_1, dense_2."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+        self._last: dict[str, int] = {}  # the number that a name was given last
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def unique(self, name: str) -> str:
+        """The name, or with a number behind it if that is taken; taken from now on."""
+        found, i = name, self._last.get(name, 0)
+        while found in self._taken:
+            i += 1
+            found = f"{name}_{i}"
+        self._last[name] = i
+        self._taken.add(found)
+        return found
+
+
+def names_of(entries: Sequence[Entry]) -> list[str]:
+    """Names of variables, for messages."""
+    names = [entry.name for entry in entries]
+    return names if len(names) <= 12 else [*names[:12], f"... ({len(names)} in all)"]
+
+
+def initial(initializer: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    """The values that a state variable begins with."""
+    if initializer == "zeros":
+        return np.zeros(shape, dtype)
+    if initializer == "ones":
+        return np.ones(shape, dtype)
+    if callable(initializer):
+        value = np.asarray(initializer(shape, dtype), dtype)
+        if value.shape == shape:
+            return value
+        raise ValueError(f"The initializer must return shape {shape}. Received {value.shape}.")
+    raise ValueError(
+        "`initializer` must be 'zeros', 'ones' or a callable (shape, dtype). Received: "
+        f"{initializer!r}"
+    )
+
+
+def host(value: Any) -> Array:
+    """A value of any library as a NumPy array."""
+    backend = backend_of(value)
+    return np.asarray(value) if backend is None else backend.over([value]).numpy(value)
+
+
+def copied(value: Any) -> Array:
+    """The same, as a copy."""
+    return np.array(host(value))

@@ -1,0 +1,417 @@
+"""Plant faults one by one, and see that the tests named for each find it.
+
+    python tests/mutations.py [WORD ...]
+
+With words, only the faults in whose file or line one of them occurs. The sources are copied to a
+temporary folder first. A fault that no test finds is printed, and the exit status is 1: then a
+test is missing, or cannot fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    """A text that occurs once in a file, what stands for it in the fault, and the tests."""
+
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest, from the folder of the tests
+
+
+NUMPY = "test_numpy.py -k every_setting"
+RULES = "test_rules.py -k numpy"
+OPTAX = "test_optax.py -k updates_are"
+DROP_IN = "test_torch_optim.py -k the_same_numbers"
+OLDER = "test_contrib_keras.py test_optimizer_v2.py -k numbers"
+
+FAULTS = [
+    # --- the arithmetic
+    Fault("rule.py", "m + (g - m) * weight_1", "m + (g + m) * weight_1", NUMPY),
+    Fault("rule.py", "v + (squared - v) * weight_2", "v + (g - v) * weight_2", NUMPY),
+    Fault(
+        "rule.py", "g + (m - g) * weight_1 if", "m + (g - m) * weight_1 if", "test_short_betas.py"
+    ),
+    Fault(
+        "rule.py",
+        "squared + (v - squared) * weight_2 if",
+        "v + (squared - v) * weight_2 if",
+        "test_short_betas.py",
+    ),
+    Fault("rule.py", "v_hat = maximum(slots[2], v)", "v_hat = v", NUMPY),
+    Fault(
+        "rule.py",
+        "return w - divide(alpha * step, root + epsilon), (m, v)\n",
+        "return w - divide(alpha * step, root), (m, v)\n",
+        NUMPY,
+    ),
+    Fault("rule.py", "step = m * ahead + g * fresh if", "step = m * ahead if", OPTAX),
+    Fault(
+        "rule.py",
+        "root = sqrt(v + under_root) if rooted",
+        "root = sqrt(v) + under_root if rooted",
+        OPTAX,
+    ),
+    Fault(
+        "rule.py",
+        "correction_1 = -functions.expm1(t * log_1)\n    correction_2 = f",
+        "correction_1 = 1.0\n    correction_2 = f",
+        NUMPY,
+    ),
+    Fault(
+        "rule.py",
+        "functions.sqrt(-functions.expm1(t * log_2))",
+        "functions.sqrt(-functions.expm1((t + 1) * log_2))",
+        NUMPY,
+    ),
+    Fault("rule.py", "epsilon if epsilon_hat else epsilon * correction_2", "epsilon", DROP_IN),
+    Fault("rule.py", "beta if short else 1 - beta", "1 - beta", "test_short_betas.py"),
+    Fault("rule.py", "rate / (1.0 + decay * (t - 1))", "rate / (1.0 + decay * t)", OLDER),
+    Fault("rule.py", "g = divide(g, scale)", "g = divide(g, scale * scale)", NUMPY),
+    Fault("rule.py", "g = divide(g + accumulator, steps)", "g = divide(accumulator, steps)", NUMPY),
+    Fault(
+        "rule.py",
+        "accumulator = zero  # cleared",
+        "accumulator = accumulator * zero  # cleared",
+        "test_numpy.py test_identities.py test_kernels.py -k 'nan or accumul or non_finite'",
+    ),
+    Fault(
+        "rule.py",
+        "average = momentum * average + fresh * w",
+        "average = momentum * average + w",
+        NUMPY,
+    ),
+    Fault("rule.py", "w = rounded(where(overwrite, average, w))", "w = average", NUMPY),
+    Fault(
+        "rule.py",
+        "functions.maximum(norm / threshold, 1.0)",
+        "functions.maximum(norm / threshold, 0.5)",
+        NUMPY,
+    ),
+    Fault("rule.py", " + (norm - norm)", "", "test_kernels.py test_reference.py -k 'inf or nan'"),
+    Fault(
+        "rule.py",
+        "functions.where(norm >= threshold, norm / threshold, 1.0)",
+        "functions.maximum(norm / threshold, 1.0)",
+        "test_contrib_keras.py",
+    ),
+    # --- the order
+    Fault(
+        "rule.py",
+        "                if by_factor:\n                    g = g * factor\n                if by_value:\n"
+        "                    g = minimum(maximum(g, -clipvalue), clipvalue)\n                if negated",
+        "                if by_value:\n                    g = minimum(maximum(g, -clipvalue), clipvalue)\n"
+        "                if by_factor:\n                    g = g * factor\n                if negated",
+        "test_contrib_keras.py test_optimizer_v2.py -k clip",
+    ),
+    Fault(
+        "rule.py",
+        "                if negated:\n                    g = -g\n                if penalised:\n"
+        "                    g = g + w * decay\n",
+        "                if penalised:\n                    g = g + w * decay\n"
+        "                if negated:\n                    g = -g\n",
+        DROP_IN,
+    ),
+    Fault(
+        "rule.py",
+        "                if decayed:\n                    w = w - w * decay\n"
+        "                w, slots = update(w, g, slots, rule_coefficients)\n",
+        "                w, slots = update(w, g, slots, rule_coefficients)\n"
+        "                if decayed:\n                    w = w - w * decay\n",
+        NUMPY,
+    ),
+    Fault(
+        "step.py",
+        "functions.where(updates < 1, 0.0, settings.momentum)",
+        "settings.momentum",
+        NUMPY,
+    ),
+    Fault("step.py", "(updates + 1) % overwrite_every < 1", "updates % overwrite_every < 1", NUMPY),
+    Fault("step.py", "(calls + 1) % n < 1", "calls % n < 1", NUMPY),
+    Fault("step.py", "updates = calls // n if n else calls", "updates = calls", NUMPY),
+    Fault("step.py", "t = (updates + 1) / 1", "t = (calls + 1) / 1", NUMPY),
+    Fault(
+        "step.py",
+        "settings.weight_decay * rate if kind.decayed",
+        "settings.weight_decay if kind.decayed",
+        NUMPY,
+    ),
+    Fault(
+        "step.py",
+        "factor = self.factor if self.joint else clip_factor",
+        "factor = clip_factor",
+        "test_kernels.py test_bad_input.py test_reference.py test_contrib_keras.py -k 'inf or nan or clip'",
+    ),
+    Fault("step.py", "accumulated=step.accumulated,\n        clipped", "clipped", NUMPY),
+    Fault(
+        "step.py",
+        "            if n:\n                backend.clear(selection, gradients)\n",
+        "",
+        "test_numpy.py test_identities.py test_state.py -k 'missing or accumul'",
+    ),
+    Fault(
+        "step.py",
+        "if passes.step.averaged and selection.rest:",
+        "if False:",
+        "test_numpy.py -k missing",
+    ),
+    Fault(
+        "step.py",
+        "if len(coefficients) != len(rule.coefficients):",
+        "if False:",
+        "test_rules.py -k too_few",
+    ),
+    Fault("optimizer.py", "decayed=self.weight_decay is not None", "decayed=False", NUMPY),
+    Fault("optimizer.py", "NormClip(self.clipnorm is None,", "NormClip(True,", NUMPY),
+    Fault("optimizer.py", "1.0 - self.ema_momentum,", "self.ema_momentum,", NUMPY),
+    Fault(
+        "torch.py",
+        "self._t + 1.0,\n            now.beta_1",
+        "self._t,\n            now.beta_1",
+        DROP_IN,
+    ),
+    Fault(
+        "torch.py", "penalised=decay != 0.0 and not decoupled", "penalised=decay != 0.0", DROP_IN
+    ),
+    Fault("torch.py", 'negated=bool(group["maximize"])', "negated=False", DROP_IN),
+    # --- memory and kernels
+    Fault(
+        "kernels/cpu.py",
+        "if a > b or a != a else b))",
+        "if a > b else b))",
+        "test_kernels.py -k nan",
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "bits + (half + ((bits >> uint32(16)) & one))",
+        "bits + half",
+        "test_kernels.py -k half",
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "return quiet if x != x else kept",
+        "return kept",
+        "test_kernels.py -k half",
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "part[:, 2] = np.minimum(CHUNK, size - offsets)",
+        "part[:, 2] = np.minimum(CHUNK, size - offsets - (size > CHUNK))",
+        NUMPY,
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "chunks[:, 3] = ~is_used[run]",
+        "chunks[:, 3] = 0",
+        "test_identities.py -k sparse",
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "sum(partials[start * measured + k :",
+        "sum(partials[k :",
+        "test_numpy.py -k 'every_setting and clipnorm'",
+    ),
+    Fault(
+        "kernels/layout.py",
+        "stored[0], stored[-1] = kind.stores_variable, False",
+        "stored[0], stored[-1] = False, False",
+        "test_identities.py -k layout",
+    ),
+    Fault(
+        "kernels/layout.py",
+        "if stride < reach:",
+        "if stride < 0:",
+        "test_bad_input.py test_properties.py -k 'share or overlap or layout'",
+    ),
+    Fault(
+        "kernels/jit.py",
+        "for part in (*_environment(), specialisation,",
+        "for part in (*_environment(),",
+        "test_kernels.py -k specialisation",
+    ),
+    Fault(
+        "backends/host.py",
+        "i > 0 and spans[i - 1][1] > low",
+        "False",
+        "test_identities.py test_memory.py test_properties.py -k 'alias or shares or overlap or variable_as'",
+    ),
+    # --- recognising
+    Fault(
+        "fast/ndarrays.py",
+        "if word(w + _DATA) != e[_ADDRESS] or not is_expected(g,",
+        "if not is_expected(g,",
+        "test_kernels.py test_memory.py",
+    ),
+    Fault(
+        "fast/ndarrays.py",
+        "if word(dimensions + 8 * d) != e[6 + d]:",
+        "if False:",
+        "test_kernels.py test_memory.py",
+    ),
+    Fault(
+        "fast/ndarrays.py",
+        "if low > 0 and stops[low - 1] > start and stop > start:",
+        "if False:",
+        "test_kernels.py test_identities.py",
+    ),
+    Fault(
+        "fast/ndarrays.py",
+        "for i in range(n, n + others):",
+        "for i in range(n, n):",
+        "test_kernels.py test_memory.py",
+    ),
+    Fault(
+        "fast/torch.py",
+        "list(map(Tensor.data_ptr, every)) == self._places",
+        "True",
+        "test_memory.py test_torch.py test_torch_optim.py",
+    ),
+    Fault(
+        "fast/torch.py",
+        "not all(map(is_, variables, own)):\n            return None",
+        "False:\n            return None",
+        "test_torch.py",
+    ),
+    Fault(
+        "fast/torch.py",
+        "address % alignment):\n",
+        "False):\n",
+        "test_torch.py -k 'align or recogni or known'",
+    ),
+    Fault(
+        "torch.py",
+        "and list(map(np.ndarray.item, self._counts)) == self._ts",
+        "",
+        "test_torch_optim.py",
+    ),
+    Fault(
+        "optimizer.py",
+        "if latest is None or latest[0] != hyperparameters:",
+        "if latest is None:",
+        "test_numpy.py test_state.py test_short_betas.py test_rules.py -k 'callable or cross or change'",
+    ),
+    Fault(
+        "optimizer.py",
+        "self._passes = self._latest = None\n        self._note",
+        "self._note",
+        "test_state.py test_numpy.py test_identities.py -k 'chang or setting'",
+    ),
+    # --- state
+    Fault(
+        "state.py",
+        'self.named.insert(1, ("learning_rate", self.rate))',
+        'self.named.append(("learning_rate", self.rate))',
+        "test_state.py",
+    ),
+    Fault(
+        "state.py",
+        "if value is None or value.shape != tuple(variable.shape):",
+        "if value is None:",
+        "test_state.py test_bad_input.py",
+    ),
+    Fault(
+        "state.py",
+        "low = 0 if variable is self.iteration else low",
+        "low = low",
+        "test_state.py test_bad_input.py",
+    ),
+    Fault("state.py", "saved.setdefault(name, np.array(value))", "pass", "test_state.py"),
+    Fault(
+        "state.py",
+        "if len(given) != len(restored.variables) or given[i] != expected:",
+        "if len(given) != len(restored.variables):",
+        "test_state.py test_bad_input.py",
+    ),
+    Fault("optimizer.py", "or entry.name in self._excluded_exact", "", "test_state.py"),
+    Fault(
+        "optimizer.py",
+        "for group in (slots[:2], slots[2:])",
+        "for group in (slots,)",
+        "test_state.py",
+    ),
+    Fault(
+        "torch.py",
+        "if missing and any(key in held",
+        "if False and any(key in held",
+        "test_torch_optim.py -k 'state or checkpoint or missing or complete'",
+    ),
+    Fault(
+        "torch.py",
+        "for stripped in (list, _unwrapped, _bare):",
+        "for stripped in (_bare,):",
+        "test_torch_optim.py -k name",
+    ),
+    Fault(
+        "backends/base.py",
+        "return self._basis.steps not in (None, self.steps)",
+        "return False",
+        "test_threads.py",
+    ),
+    Fault(
+        "backends/host.py",
+        "if calls != work.steps:\n                if not work.is_begun:\n                    return None\n",
+        "if calls != work.steps:\n",
+        "test_threads.py test_whole_steps.py",
+    ),
+]
+
+
+def found(fault: Fault, folder: Path) -> bool:
+    """Whether a test fails where the fault is planted."""
+    path = folder / "src" / "omniadam" / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} has {fault.old!r} {text.count(fault.old)} times")
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(folder / "src")}
+    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {fault.tests}"
+    try:
+        done = subprocess.run(
+            command, shell=True, cwd=folder / "tests", env=env, capture_output=True, text=True
+        )
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if done.returncode not in (0, 1, 2):  # no test was run
+        raise ValueError(f"{command}: {done.stdout[-500:]}{done.stderr[-500:]}")
+    return done.returncode != 0
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [f for f in FAULTS if not words or any(w in f.file or w in f.old for w in words)]
+    missed = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for each in ("src", "tests", "docs", "examples", "pyproject.toml", "README.md"):
+            source = ROOT / each
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / each)
+        for i, fault in enumerate(chosen, 1):
+            begun = time.monotonic()
+            is_found = found(fault, folder)
+            seconds = time.monotonic() - begun
+            line = (
+                fault.new.strip().splitlines()[0] if fault.new.strip() else f"without {fault.old}"
+            )
+            mark = "found" if is_found else "NOT FOUND"
+            print(
+                f"{i:3}/{len(chosen)} {mark:9} {seconds:5.1f} s  {fault.file}: {line}", flush=True
+            )
+            missed += [] if is_found else [fault]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults found")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
