@@ -8,6 +8,9 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
+NUMBERS = tests/test_numpy.py tests/test_rules.py tests/test_torch.py tests/test_torch_optim.py \
+	-k "every_setting or ones_own or numbers_as_torch"
+
 .PHONY: demo test test-slow test-oldest test-newest bench lint format clean
 .DELETE_ON_ERROR:
 
@@ -21,9 +24,10 @@ pytest = OMNIADAM_REQUIRE_ALL=1 $(1)/bin/python -m pytest -n $(JOBS) --dist load
 test: .venv-test/installed
 	$(call pytest,.venv-test) -m "not slow" $(ARGS)
 
-# Other projects' suites, and the like.
+# Other projects' suites, and the like; and the numbers once more without what is only fast.
 test-slow: .venv-test/installed
 	$(call pytest,.venv-test) -m slow $(ARGS)
+	OMNIADAM_FAST=0 $(call pytest,.venv-test) $(NUMBERS)
 
 test-oldest: .venv-oldest/installed
 	$(call pytest,.venv-oldest) $(ARGS)
