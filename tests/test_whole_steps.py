@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -47,6 +48,7 @@ def alarm() -> Iterator[Callable[[float], None]]:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # JAX has a hook there, from which no interrupt comes out
 
     def after(seconds: float) -> None:
         """Of 0: from now on none comes, not even one that is on its way."""
@@ -56,6 +58,7 @@ def alarm() -> Iterator[Callable[[float], None]]:
 
     yield after
     after(0)
+    gc.enable()
     signal.signal(signal.SIGALRM, before)
 
 
