@@ -8,9 +8,6 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-NUMBERS = tests/test_numpy.py tests/test_rules.py tests/test_torch.py tests/test_torch_optim.py \
-	-k "every_setting or ones_own or numbers_as_torch"
-
 .PHONY: demo test test-slow test-oldest test-newest bench lint format clean
 .DELETE_ON_ERROR:
 
@@ -19,15 +16,14 @@ demo: .venv-demo/installed
 
 # Every library is installed here, so a test that skips for want of one is a failure. A file goes to
 # one worker: its tests share what they compile, and the processes that they start.
-pytest = OMNIADAM_REQUIRE_ALL=1 $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
+pytest = OMNIADAM_REQUIRE_ALL=1 $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: .venv-test/installed
 	$(call pytest,.venv-test) -m "not slow" $(ARGS)
 
-# Other projects' suites, and the like; and the numbers once more without what is only fast.
+# Other projects' suites, and the numbers of every library without what is only fast.
 test-slow: .venv-test/installed
 	$(call pytest,.venv-test) -m slow $(ARGS)
-	OMNIADAM_FAST=0 $(call pytest,.venv-test) $(NUMBERS)
 
 test-oldest: .venv-oldest/installed
 	$(call pytest,.venv-oldest) $(ARGS)

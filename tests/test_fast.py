@@ -29,6 +29,8 @@ from cases import (
 from omniadam import Adam, fast, schedules
 from reference import Array, Reference
 
+pytestmark = pytest.mark.slow
+
 TABLE = CASES | BEYOND_KERAS
 NAMES = (
     *("defaults", "schedule", "amsgrad", "excluded", "clipnorm", "clipvalue", "global_clipnorm"),
