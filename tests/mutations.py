@@ -233,7 +233,7 @@ FAULTS = [
         "kernels/layout.py",
         "if stride < reach:",
         "if stride < 0:",
-        "test_bad_input.py test_properties.py -k 'share or overlap or layout'",
+        "test_bad_input.py -k test_variable",
     ),
     Fault(
         "kernels/jit.py",
@@ -245,7 +245,7 @@ FAULTS = [
         "backends/host.py",
         "i > 0 and spans[i - 1][1] > low",
         "False",
-        "test_identities.py test_memory.py test_properties.py -k 'alias or shares or overlap or variable_as'",
+        "test_identities.py test_bad_input.py -k 'memory_that_the_step or shares_memory'",
     ),
     # --- recognising
     Fault(
@@ -286,9 +286,9 @@ FAULTS = [
     ),
     Fault(
         "fast/torch.py",
-        "address % alignment):\n",
-        "False):\n",
-        "test_torch.py -k 'align or recogni or known'",
+        "overlaps = i >= 0 and self._stops[i] > address",
+        "overlaps = False",
+        "test_torch.py -k overlaps",
     ),
     Fault(
         "torch.py",
@@ -314,12 +314,6 @@ FAULTS = [
         'self.named.insert(1, ("learning_rate", self.rate))',
         'self.named.append(("learning_rate", self.rate))',
         "test_state.py",
-    ),
-    Fault(
-        "state.py",
-        "if value is None or value.shape != tuple(variable.shape):",
-        "if value is None:",
-        "test_state.py test_bad_input.py",
     ),
     Fault(
         "state.py",
@@ -383,7 +377,7 @@ def found(fault: Fault, folder: Path) -> bool:
         )
     finally:
         path.write_text(text, encoding="utf-8")
-    if done.returncode not in (0, 1, 2):  # no test was run
+    if done.returncode not in (0, 1):  # no test was run
         raise ValueError(f"{command}: {done.stdout[-500:]}{done.stderr[-500:]}")
     return done.returncode != 0
 

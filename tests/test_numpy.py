@@ -95,7 +95,9 @@ def test_every_dtype(name: str, dtype: str, kernel: str) -> None:
             reference.resync(params)
 
 
-@pytest.mark.parametrize("name", ["defaults", "global_clipnorm", "gradient_accumulation_steps"])
+@pytest.mark.parametrize(
+    "name", ["defaults", "global_clipnorm", "use_ema", "gradient_accumulation_steps"]
+)
 def test_missing_and_sparse_gradients(name: str, kernel: str) -> None:
     shapes = ((7,), (40, 5), (6, 2, 3))
     params = variables(shapes=shapes)

@@ -828,6 +828,23 @@ def test_a_gradient_unlike_the_last_one(
         assert_same(one, two)
 
 
+@pytest.mark.parametrize("shift", [3, -3])
+def test_a_gradient_that_overlaps_its_variable_is_its_copy(shift: int) -> None:
+    """Alike in all but where it lies: what the step writes first is not what it reads then."""
+    size = 20_000
+    memory = torch.linspace(-1, 1, size + 6)
+    ws = [memory[3:-3], memory[3:-3].clone()]
+    gs = [memory[3 + shift : size + 3 + shift], None]
+    opts = [Adam(0.1), Adam(0.1)]
+    for opt, w in zip(opts, ws, strict=True):
+        for _ in range(2):
+            opt.apply([torch.ones(size)], [w])
+    gs[1] = gs[0].clone()
+    for opt, g, w in zip(opts, gs, ws, strict=True):
+        opt.apply([g], [w])
+    assert_same(*ws)
+
+
 def test_the_comparison_that_is_compiled_is_right() -> None:
     """This version of torch has it; both tell every kind apart, and the test of that can fail."""
     assert fast._is_compiled_comparison_right()
