@@ -189,3 +189,36 @@ def test_closer_to_the_oracle_than_keras(capsys: pytest.CaptureFixture[str]) -> 
     with capsys.disabled():
         print(f"\nlargest error in ulps of the update after {STEPS_OF_KERAS} steps: {largest}")
     assert largest["omniadam"] < largest["keras"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_decay", 0.5),
+        ("clipvalue", 0.01),
+        ("clipnorm", 0.01),
+        ("global_clipnorm", 0.01),
+        ("loss_scale_factor", 8.0),
+        ("beta_1", 0.25),
+        ("beta_2", 0.5),
+        ("epsilon", 1.0),
+    ],
+)
+def test_a_setting_that_is_changed_takes_effect(name: str, value: float, kernel: str) -> None:
+    """As in an optimizer that had it from the beginning, and the state of this one."""
+    g, w = np.linspace(-1, 1, 7), np.linspace(1, 2, 7)
+    opt = Adam(0.1)
+    for _ in range(2):
+        opt.apply([g], [w])
+    before, other = w.copy(), w.copy()
+    fresh = Adam(0.1, **{name: value})
+    fresh.build([other])
+    fresh.set_weights(opt.get_weights())
+    unchanged = Adam(0.1)
+    unchanged.build([before])
+    unchanged.set_weights(opt.get_weights())
+    setattr(opt, name, value)
+    for each, variable in ((opt, w), (fresh, other), (unchanged, before)):
+        each.apply([g], [variable])
+    np.testing.assert_array_equal(w, other)
+    assert (w != before).any()
