@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from omniadam import Optimizer
-from omniadam.rule import Rule
+from omniadam.backends.base import Group
+from omniadam.rule import Pass, PassCoefficients, Rule
 
 ROOT = Path(__file__).parent.parent
 _spec = importlib.util.spec_from_file_location("own_rule", ROOT / "examples" / "own_rule.py")
@@ -249,6 +250,34 @@ def test_stateless_and_traced(library: str) -> None:
             train([tf.constant(g) for g in gradients(call)])
     for got, want in zip(params, variables, strict=True):
         np.testing.assert_allclose(np.asarray(got), want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_pass_returns_what_it_measures(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each variable the squares of its gradient, and those of what the step changed."""
+    if library == "numpy without numba":
+        monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
+    if library == "torch on a device":
+        pytest.importorskip("torch")
+        from omniadam.backends import torch as backend_of_torch
+
+        monkeypatch.setattr(backend_of_torch, "_is_on_host", lambda variable: False)
+    variable, gradient, read = on(library)
+    params = [variable(np.ones(shape, np.float32)) for shape in SHAPES]
+    grads = list(map(gradient, gradients(0)))
+    opt = Momentum(RATE)
+    opt.apply_gradients(zip(grads, params, strict=True))
+    before = [np.array(read(p), float) for p in params]
+    backend, selection = opt._state.backend, opt._recent
+    assert backend is not None and selection is not None
+    kind = Pass(gradient=True, updates=True, measured=("gradient", "change"))
+    group = Group(kind, Momentum.rule, selection, (RATE, 0.75), PassCoefficients())
+    found = backend.sweep(group, backend.gather(selection, grads))()
+    for row, g, p, was in zip(found, gradients(0), params, before, strict=True):
+        change = np.array(read(p), float) - was
+        wanted = (g.astype(float) ** 2).sum(), (change**2).sum()
+        np.testing.assert_allclose([float(each) for each in row], wanted, rtol=1e-5)
+        assert (change != 0).all()
 
 
 def test_settings_can_change_and_be_saved() -> None:

@@ -367,6 +367,10 @@ class Functional(Backend):
             rule_c,
             pass_c,
         )
+        # Before anything is stored: what was read may be the variable's own memory.
+        g = gradient_of(gradient, accumulated, pass_c) if kind.measured else None
+        values = [MEASURES[name](arrays)(g, before, w) for name in kind.measured]
+        sums = tuple(map(arrays.sum_of_squares, values))
         for slot, new in zip(slots, new_slots, strict=True):
             self.write(slot, new)
         if kind.stores_accumulator:
@@ -375,9 +379,7 @@ class Functional(Backend):
             self.write(entry.average, average)
         if kind.stores_variable:
             self.write(entry.variable, arrays.cast(w, entry.dtype))
-        g = gradient_of(gradient, accumulated, pass_c) if kind.measured else None
-        values = [MEASURES[name](arrays)(g, before, w) for name in kind.measured]
-        return tuple(map(arrays.sum_of_squares, values))
+        return sums
 
     def rounded(self, value: Any, entry: Entry) -> Any:
         """What is left of a value in a 16-bit variable, in the type of the arithmetic."""
