@@ -4,11 +4,13 @@ They decide how fast a step is and nothing else. Times are of two cores of an In
 """
 
 # Elements in a chunk, which one thread takes through a kernel at a time. The streams of a chunk
-# (variable, gradient, momentum, velocity: 128 KiB in float32) fit a core's second-level cache.
+# (variable, gradient, momentum, velocity: 128 KiB in float32) fit a core's second-level cache. Four
+# million elements by two threads, in ms: 2.44 in chunks of 1024, 1.53 of 4096, 1.54 of 8192, 1.45
+# of 16384, 1.44 of 65536. Larger ones gain little, and what waits for a late thread waits longer.
 CHUNK = 8192
 
-# Elements in a step below which no helper thread is woken: waking one costs what a core does to
-# some 100,000 elements, and its caches are cold.
+# Elements in a step below which no helper thread is woken. Alone and with a helper, in us: 64 and
+# 101 for 2**17 elements, 172 and 210 for 2**18, 324 and 320 for 2**19, 618 and 477 for 2**20.
 PARALLEL = 1 << 19
 
 # Elements in a buffer through which strided memory goes, in chunks: for a kernel, and for NumPy,
@@ -25,5 +27,5 @@ IN_A_CALL = 64
 PART = 1 << 18
 
 # Lanes in which a sum of squares is added up by halves on TensorFlow: XLA's own sum takes a
-# nanosecond for each element on a CPU, this an eighth of that.
+# nanosecond for each element on a CPU, and is not vectorised as this is.
 LANES = 128
