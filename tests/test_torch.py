@@ -1808,7 +1808,7 @@ def test_an_optimizer_lets_go_of_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     opt.apply(given, params)
     del given
     assert [r() for r in references] == [None, None]
-    monkeypatch.setattr("omniadam.optimizer._SELECTIONS", 40)
+    monkeypatch.setattr("omniadam.engine._SELECTIONS", 40)
     patterns = 60
     extra = [nn.Parameter(torch.ones(2)) for _ in range(patterns)]
     many = Adam()

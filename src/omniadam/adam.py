@@ -6,12 +6,73 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from . import options
+from .engine import Engine
 from .optimizer import Optimizer
 from .options import Option
 from .rule import AdamCoefficients, Rule, adam_coefficients_by, make_adam, memory
 
 
-class Adam(Optimizer):
+class AdamEngine(Engine):
+    """An engine with Adam's settings, slots and rule."""
+
+    beta_1 = Option(options.decay_rate, or_callable=True)
+    beta_2 = Option(options.decay_rate, or_callable=True)
+    epsilon = Option(options.small_constant, or_callable=True)
+    amsgrad = Option(options.boolean, structural=True)
+
+    _option_names: ClassVar[tuple[str, ...]] = (
+        *Engine._option_names,
+        "beta_1",
+        "beta_2",
+        "epsilon",
+        "amsgrad",
+    )
+    hyperparameters = ("beta_1", "beta_2", "epsilon")
+    # Whether epsilon is the paper's "epsilon hat"; the drop-ins for PyTorch and optax say no.
+    _epsilon_hat: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: Any = 0.9,
+        beta_2: Any = 0.999,
+        epsilon: Any = 1e-7,
+        amsgrad: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(learning_rate, **settings)
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.amsgrad = amsgrad
+
+    @property
+    def rule(self) -> Rule:
+        """Adam's, or AMSGrad's."""
+        return AMSGRAD if self.amsgrad else ADAM
+
+    def _rule_of(self, hyperparameters: Sequence[Any]) -> Rule:
+        beta_1, beta_2, _ = hyperparameters
+        return by_memory(self.rule, beta_1 < 0.5, beta_2 < 0.5)
+
+    def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
+        """Of each beta its `rule.memory`, and epsilon."""
+        beta_1, beta_2, epsilon = hyperparameters
+        short = dict(self._rule_of(hyperparameters).settings)
+        return (
+            *memory(functions, beta_1, "short_1" in short),
+            *memory(functions, beta_2, "short_2" in short),
+            epsilon,
+        )
+
+    def coefficients(
+        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
+    ) -> AdamCoefficients:
+        """`rule.adam_coefficients_by` of these numbers."""
+        return adam_coefficients_by(
+            functions, learning_rate, t, *numbers, epsilon_hat=self._epsilon_hat
+        )
+
+
+class Adam(AdamEngine, Optimizer):
     """Adam as Keras 3 documents it, on the arrays of any library.
 
     For a variable w with gradient g at step t = 1, 2, ...:
@@ -66,22 +127,6 @@ class Adam(Optimizer):
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
     """
 
-    beta_1 = Option(options.decay_rate, or_callable=True)
-    beta_2 = Option(options.decay_rate, or_callable=True)
-    epsilon = Option(options.small_constant, or_callable=True)
-    amsgrad = Option(options.boolean, structural=True)
-
-    _option_names: ClassVar[tuple[str, ...]] = (
-        *Optimizer._option_names,
-        "beta_1",
-        "beta_2",
-        "epsilon",
-        "amsgrad",
-    )
-    hyperparameters = ("beta_1", "beta_2", "epsilon")
-    # Whether epsilon is the paper's "epsilon hat"; the drop-ins for PyTorch and optax say no.
-    _epsilon_hat: ClassVar[bool] = True
-
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -102,6 +147,10 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(
             learning_rate,
+            beta_1,
+            beta_2,
+            epsilon,
+            amsgrad,
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
@@ -112,35 +161,6 @@ class Adam(Optimizer):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
-        )
-        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
-        self.amsgrad = amsgrad
-
-    @property
-    def rule(self) -> Rule:
-        """Adam's, or AMSGrad's."""
-        return AMSGRAD if self.amsgrad else ADAM
-
-    def _rule_of(self, hyperparameters: Sequence[Any]) -> Rule:
-        beta_1, beta_2, _ = hyperparameters
-        return by_memory(self.rule, beta_1 < 0.5, beta_2 < 0.5)
-
-    def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
-        """Of each beta its `rule.memory`, and epsilon."""
-        beta_1, beta_2, epsilon = hyperparameters
-        short = dict(self._rule_of(hyperparameters).settings)
-        return (
-            *memory(functions, beta_1, "short_1" in short),
-            *memory(functions, beta_2, "short_2" in short),
-            epsilon,
-        )
-
-    def coefficients(
-        self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
-    ) -> AdamCoefficients:
-        """`rule.adam_coefficients_by` of these numbers."""
-        return adam_coefficients_by(
-            functions, learning_rate, t, *numbers, epsilon_hat=self._epsilon_hat
         )
 
 

@@ -1,7 +1,7 @@
 """Adam and AdamW as Keras optimizers: change the import, keep everything else.
 
 Nothing is computed here. State, settings, files and the learning rate are Keras's own, by
-inheritance; `apply` hands the variables and their slots, as they are, to an `omniadam.Adam`, which
+inheritance; `apply` hands the variables and their slots, as they are, to an engine, which
 makes the step in one sweep.
 """
 
@@ -19,10 +19,12 @@ from typing import Any, Self
 
 import keras
 
-from . import adam, options, schedules
+from . import options, schedules
+from .adam import AdamEngine
 from .backends.base import Entry, Selection
 from .backends.keras import KerasVariables, native, settle
-from .optimizer import _selected
+from .engine import selected
+from .settings import as_it_is
 
 # Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
 _IN_PLACE = keras.backend.backend() in ("numpy", "torch")
@@ -83,7 +85,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def __init__(self, learning_rate: Any = 0.001, *arguments: Any, **settings: Any) -> None:
         super().__init__(_rate(learning_rate), *arguments, **settings)
         # Hidden from what Keras and TensorFlow track: it has no state of its own.
-        object.__setattr__(self, "_engine", _Engine(self))
+        object.__setattr__(self, "_engine", _KerasEngine(self))
         self._look_for_overrides()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -377,11 +379,11 @@ class _OfThread(threading.local):
     is_stateless = False
 
 
-class _Engine(adam.Adam):
-    """`omniadam.Adam` with the settings and on the state of a Keras optimizer."""
+class _KerasEngine(AdamEngine):
+    """Adam with the settings and on the state of a Keras optimizer."""
 
     # What is read from the Keras optimizer at each step: there it is a plain attribute.
-    _read_names = tuple(name for name in adam.Adam._option_names if name != "name")
+    _read_names = tuple(name for name in AdamEngine._option_names if name != "name")
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -497,7 +499,7 @@ class _Engine(adam.Adam):
         entries = [own[self._get_variable_index(variable)] for variable in variables]
         present, gradients = self._present(backend, entries, grads, depth=7)
         others, gradients = self._replace(present, gradients)
-        selection = _selected(others, own)
+        selection = selected(others, own)
         return selection, backend.gather(selection, gradients)
 
     @contextmanager
@@ -522,10 +524,10 @@ class _Engine(adam.Adam):
         self._reread()
         if _IN_PLACE:
             self._relocate(self._state.entries)
-        self.update_step(gradient, variable, learning_rate)
+        self._update_one(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """As in `Optimizer`."""
+        """As in `Engine`."""
         if not var_list:
             return
         if _IN_PLACE and self.built:
@@ -592,6 +594,5 @@ def _rate(value: Any) -> Any:
     return value if callable(value) else options.rate("learning_rate", value)
 
 
-# AutoGraph, which rewrites what a tf.function calls, leaves alone what has this attribute.
-for _method in (each for each in vars(Adam).values() if inspect.isfunction(each)):
-    vars(_method)["autograph_info__"] = {}
+as_it_is(Adam)
+as_it_is(_KerasEngine)

@@ -1,6 +1,6 @@
 """The constructor's settings: what each may be, and what is said when it is not.
 
-Defaults stand in the signatures of `Adam` and `AdamW`, once each.
+Defaults stand in signatures: of `Settings`, and of the optimizers.
 """
 
 from __future__ import annotations

@@ -613,3 +613,8 @@ def deserialize(
         )
     schedule: LearningRateSchedule = kind.from_config(config["config"])
     return schedule
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether it is a schedule, of ours or of Keras, which is not imported to find out."""
+    return any(base.__name__ == "LearningRateSchedule" for base in type(value).__mro__)

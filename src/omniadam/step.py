@@ -1,7 +1,7 @@
 """The order of a step, once, for everybody: which passes go over which entries, with which numbers.
 
 What a pass does to an element is in `rule.make_element`. Here settings, counters and norms become
-what passes need: their coefficients, and the factors of clipping. `Optimizer` makes its step by
+what passes need: their coefficients, and the factors of clipping. An `Engine` makes its step by
 `Step.advance`; a drop-in that counts steps or takes norms by itself (`omniadam.torch`) makes its
 groups by the functions that `advance` is made of.
 """

@@ -245,7 +245,8 @@ class TensorFlow(Functional):
                     yield
 
     def created(self, optimizer: Any, name: str, variable: Any) -> None:
-        if isinstance(variable, tf.__internal__.tracking.Trackable):
+        is_tracked = isinstance(variable, tf.__internal__.tracking.Trackable)
+        if is_tracked and isinstance(optimizer, Tracked):
             with tf.init_scope():  # what a checkpoint that was restored before had for it
                 optimizer._handle_deferred_dependencies(name, variable)
 
@@ -800,6 +801,9 @@ def _is_found() -> bool:
 def introduce(kind: type) -> None:
     """Make a class one that `tf.train.Checkpoint` takes, which asks for a base of its own, and
     says so where that is not there.
+
+    The one class that changes as a program runs: TensorFlow may be imported after it was made, and
+    an optimizer that was made before must be found, too.
     """
     if Tracked not in kind.__bases__ and _is_found():
         kind.__bases__ = (*kind.__bases__, Tracked)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ..backends.base import received
-from ..optimizer import _as_list
+from ..engine import as_list
+from ..settings import Clips, as_it_is
 from .engine import JointlyClipped
-from .older import Clip, Hyperparameter, Older, _name_of, as_it_is
+from .older import Clip, Hyperparameter, Older, _name_of
 
 _KWARGS = ("clipnorm", "clipvalue")
 
@@ -116,10 +117,9 @@ class Adam(Older):
         Raises:
             ValueError: if one cannot be computed.
         """
-        variables = _as_list(params)
-        return self._engine.clipped(
-            self._get_gradients(loss, variables), variables, self._thresholds(self._clips)
-        )
+        variables, thresholds = as_list(params), self._thresholds(self._clips)
+        clips = Clips(None, thresholds["clipvalue"], thresholds["global_clipnorm"])
+        return self._engine.clipped(self._get_gradients(loss, variables), variables, clips)
 
     def get_updates(
         self,
@@ -146,7 +146,7 @@ class Adam(Older):
             ValueError: if a gradient cannot be computed, or there is a constraint of another
                 variable; in a step, if a constraint returns another shape.
         """
-        variables = _as_list(params)
+        variables = as_list(params)
         pairs = constraints.items() if isinstance(constraints, Mapping) else constraints or ()
         held = {key if isinstance(key, int) else id(_variable(key)): c for key, c in pairs}
         unknown = set(held) - {id(variable) for variable in variables}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import options
-from ..adam import Adam
+from ..adam import AdamEngine
 from ..backends import backend_of
 from ..backends.base import Backend, Entry, Selection, check_constrained
 from ..backends.functional import Functional
@@ -24,6 +24,7 @@ from ..rule import (
     make_element,
     make_gradient,
 )
+from ..settings import Clips
 from ..step import Step, pass_coefficients
 
 # What each hyperparameter may be, in the order that a step takes them.
@@ -35,8 +36,8 @@ CHECKS: dict[str, options.Check] = {
 }
 
 
-class Engine(Adam):
-    """`omniadam.Adam` with the settings of TensorFlow 2.0, under Keras 3's names."""
+class OlderEngine(AdamEngine):
+    """Adam with the settings of TensorFlow 2.0, under Keras 3's names."""
 
     decay = Option(options.rate, or_callable=True)
     clipvalue = Option(options.limit)
@@ -73,8 +74,9 @@ class Engine(Adam):
         # One form for every beta: its bits are those of the older generations.
         return self.rule
 
-    def _step_by(self, hyperparameters: tuple[Any, ...]) -> Step:
-        return self._make_step(hyperparameters)  # they may be symbolic, which are not compared
+    def _step_by(self, functions: Any, hyperparameters: tuple[Any, ...]) -> Step:
+        # They may be symbolic, which are not compared.
+        return self._make_step(functions, hyperparameters)
 
     def numbers(self, functions: Any, *hyperparameters: Any) -> tuple[Any, ...]:
         """As of `Adam`, after `decay`."""
@@ -159,7 +161,7 @@ class Engine(Adam):
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
-        """As in `Optimizer`, under the name that TensorFlow's files know the slot by."""
+        """As in `Engine`, under the name that TensorFlow's files know the slot by."""
         if self.new_slot is None:
             return super().add_variable_from_reference(reference_variable, name, initializer)
         assert self._state.backend is not None
@@ -212,15 +214,13 @@ class Engine(Adam):
     # --- gradients as a step applies them ---
 
     def clipped(
-        self, gradients: Sequence[Any], variables: Sequence[Any], clips: Mapping[str, Any]
+        self, gradients: Sequence[Any], variables: Sequence[Any], clips: Clips
     ) -> list[Any]:
         """What a step with these thresholds makes of gradients before Adam; no state is needed or
         created.
         """
-        twin = object.__new__(type(self))
-        twin.__dict__ = {**self.__dict__, **clips}
-        passes, settings = twin._make_passes(), twin._settings_now()
-        kind = passes.step
+        step = self._step_with(clips, NOTHING, ())
+        kind = step.passes.step
         if not (kind.clipped_by_factor or kind.clipped_by_value):
             return list(gradients)
         backend, entries = self._described(list(variables))
@@ -229,8 +229,7 @@ class Engine(Adam):
         gathered = backend.gather(
             selection, [backend.gradient(g, e) for g, e in zip(dense, entries, strict=True)]
         )
-        pass_c = pass_coefficients(backend.functions, kind, settings, 0.0, 0)
-        step = twin._make_step_of(passes, NOTHING, settings, ())
+        pass_c = pass_coefficients(backend.functions, kind, step.settings, 0.0, 0)
         factors = step.factors(backend, selection, gathered, pass_c) or [1.0] * len(dense)
         if isinstance(backend, Functional):
             factors = [
@@ -252,7 +251,7 @@ class Engine(Adam):
             ]
 
 
-class JointlyClipped(Engine):
+class JointlyClipped(OlderEngine):
     """The clipping of TensorFlow 1.1: one norm over all gradients, then the value."""
 
     _exclusive_clips: ClassVar[tuple[str, ...]] = ()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .. import options, schedules
 from ..adam import Adam, AdamW
-from ..optimizer import _is_schedule
+from ..schedules import is_schedule
 from ..state import host
 from . import contrib_keras, optimizer_v2
 from .older import Older
@@ -178,14 +178,14 @@ def _adam(
     if callable(decay):
         raise _no_equivalent("`decay` that is a callable or tensor", "Give a number.")
     if decay and callable(rate):
-        what = "schedule" if _is_schedule(rate) else "callable or tensor"
+        what = "schedule" if is_schedule(rate) else "callable or tensor"
         raise _no_equivalent(
             f"`decay` with a learning rate that is a {what}",
             "Write one schedule that does both.",
         )
     if decay:
         settings["learning_rate"] = schedules.InverseTimeDecay(float(rate), 1, decay)
-    elif _is_schedule(rate):
+    elif is_schedule(rate):
         settings["learning_rate"] = schedules.traceable(rate)
     adam = Adam(**settings, **given, amsgrad=amsgrad, name=name)
     adam._state.iteration[...] = options.count("iterations", iterations)

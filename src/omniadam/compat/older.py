@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from inspect import isfunction
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -12,9 +11,10 @@ import numpy.typing as npt
 from .. import options
 from ..backends import backend_of, of_tensorflow
 from ..backends.base import Backend, received
-from ..optimizer import _is_schedule
+from ..schedules import is_schedule
+from ..settings import as_it_is
 from ..state import host, initial
-from .engine import CHECKS, Engine
+from .engine import CHECKS, OlderEngine
 
 Array = npt.NDArray[Any]
 Pairs = list[tuple[Any, Any]]
@@ -82,7 +82,7 @@ class Older:
         kind: type[Self] = cls if tensorflow is None else tensorflow.tracked(cls)
         return object.__new__(kind)
 
-    def __init__(self, engine: Engine, hyper: dict[str, Any], clips: dict[str, Any]) -> None:
+    def __init__(self, engine: OlderEngine, hyper: dict[str, Any], clips: dict[str, Any]) -> None:
         self._engine = engine
         # Where TensorFlow is imported, and until a variable of another library is seen.
         self._scalars: Any = None
@@ -107,7 +107,7 @@ class Older:
 
     def _get_hyper(self, name: str) -> Any:
         value = self._hyper[name]
-        if _is_schedule(value):
+        if is_schedule(value):
             return value
         if callable(value):
             return value()
@@ -303,7 +303,7 @@ class Older:
             return
         given = {id(v): value for v, value in zip(variables, weights, strict=True)}
         read = engine._state.backend.numpy
-        engine.set_weights(
+        engine._state.set(
             [given[id(v)] if id(v) in given else read(v) for _, v in engine._state.named]
         )
 
@@ -383,7 +383,9 @@ class Older:
             return
         tensorflow = _tensorflow()
         if tensorflow is not None and tensorflow.is_variable(variables[0]):
-            if self._scalars is None:  # it was imported since
+            if self._scalars is None:
+                # TensorFlow was imported since, and its checkpoints take objects of its own class
+                # only: this one becomes that, as the user already has it.
                 self.__class__ = tensorflow.tracked(type(self))
                 self._scalars = tensorflow.ScalarVariables(self)
             self._scalars.create_all(variables)
@@ -402,7 +404,8 @@ class Older:
     def _apply(self, pairs: Pairs, name: str | None) -> Any:
         variables = [variable for _, variable in pairs]
         self._prepare(variables)
-        result = self._engine.apply_gradients(pairs)
+        engine = self._engine
+        result = engine._counted(engine._apply([g for g, _ in pairs], variables))
         self._create_slots(variables)
         if self._scalars is None:
             return result
@@ -410,7 +413,7 @@ class Older:
 
     def _get_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:
         try:
-            gradients = self._engine.get_gradients(loss, variables)
+            gradients = self._engine._differentiated(loss, variables)
         except (NotImplementedError, LookupError) as error:
             raise ValueError(
                 "A gradient cannot be computed, as an operation between the loss and a variable "
@@ -446,12 +449,6 @@ class Older:
         if tensorflow is None or not tensorflow.in_graph():
             return [step]
         return [step()] if tensorflow.is_variable(variables[0]) else [step]
-
-
-def as_it_is(kind: type) -> None:
-    """Keep AutoGraph, which rewrites what a tf.function calls, from the methods of a class."""
-    for method in [each for each in vars(kind).values() if isfunction(each)]:
-        vars(method)["autograph_info__"] = {}
 
 
 as_it_is(Older)

@@ -16,9 +16,11 @@ import numpy as np
 
 from .. import options, schedules
 from ..backends.base import received, takes_arguments
-from ..optimizer import _as_list, _is_schedule
-from .engine import Engine
-from .older import Clip, Hyperparameter, Older, _listed, _name_of, as_it_is
+from ..engine import as_list
+from ..schedules import is_schedule
+from ..settings import as_it_is
+from .engine import OlderEngine
+from .older import Clip, Hyperparameter, Older, _listed, _name_of
 
 _KWARGS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
@@ -155,7 +157,7 @@ class Adam(Older):
             if number is not None and number < 0:
                 raise ValueError(f"`{key}` must be >= 0. Received: {value!r}")
         super().__init__(
-            Engine(amsgrad=amsgrad, name=name or "Adam"),
+            OlderEngine(amsgrad=amsgrad, name=name or "Adam"),
             {
                 "learning_rate": kwargs.get("lr", learning_rate),
                 "decay": kwargs.get("decay", 0.0),
@@ -373,7 +375,7 @@ class Adam(Older):
                 loss, differentiate = self._evaluated(loss)
             var_list = var_list()
         try:
-            variables = _as_list(var_list)
+            variables = as_list(var_list)
             if any(id(v) not in engine._state.index for v in variables):
                 engine._described(variables)
         except TypeError as error:
@@ -393,7 +395,7 @@ class Adam(Older):
         Raises:
             ValueError: if one cannot be computed.
         """
-        return self._get_gradients(loss, _as_list(params))
+        return self._get_gradients(loss, as_list(params))
 
     def get_updates(self, loss: Any, params: Any) -> list[Any]:
         """Create the moments of variables, and the updates that make one step of them.
@@ -409,7 +411,7 @@ class Adam(Older):
         Raises:
             ValueError: if a gradient cannot be computed.
         """
-        variables = _as_list(params)
+        variables = as_list(params)
         self._build(variables)
         return self._updates(
             lambda: self.apply_gradients(
@@ -430,9 +432,9 @@ class Adam(Older):
         rate = self._hyper["learning_rate"]
         config: dict[str, Any] = {"name": self._engine.name}
         config |= {key: value for key, value in self._clips.items() if value is not None}
-        is_schedule = _is_schedule(rate)
+        has_schedule = is_schedule(rate)
         config["learning_rate"] = (
-            schedules.serialize(rate) if is_schedule else self._number("learning_rate")
+            schedules.serialize(rate) if has_schedule else self._number("learning_rate")
         )
         numbers = ("decay", "beta_1", "beta_2", "epsilon")
         return config | {key: self._number(key) for key in numbers} | {"amsgrad": self.amsgrad}

@@ -298,7 +298,7 @@ def _for_tf_keras(kind: Any) -> dict[str, Any]:
     )
     methods = {each.__name__: each for each in functions}
     for method in methods.values():
-        vars(method)["autograph_info__"] = {}  # as in `older.as_it_is`
+        vars(method)["autograph_info__"] = {}  # as in `settings.as_it_is`
     return methods if hasattr(kind, "minimize") else {}
 
 
