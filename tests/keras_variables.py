@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 import omniadam
@@ -17,21 +19,36 @@ from cases import (
     SMALL_SHAPES,
     Case,
     assert_close,
+    combined,
     gradients,
     sparse_gradient,
     variables,
 )
 from omniadam import Adam
 from omniadam.compat import contrib_keras, optimizer_v2
+from omniadam.keras import Adam as DropIn
 from reference import reference_contrib_keras, reference_optimizer_v2
 
 BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    from omniadam.fast.tensorflow import FastTensorFlow
 STEPS = 12
-NAMES = [
-    *("defaults", "schedule", "amsgrad", "excluded", "clipnorm", "clipvalue", "global_clipnorm"),
-    *("ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps"),
-    list(CASES)[-1],
+EVERYTHING = list(CASES)[-1]  # with one kind of clipping; a row below has each of the other two
+ROWS = [
+    *([], ["gradient_accumulation_steps"], ["schedule", "excluded", "clipnorm"]),
+    ["amsgrad", "clipvalue", "loss_scale_factor", "ema_overwrite_frequency"],
+    EVERYTHING.split("+"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def eager_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On TensorFlow not by XLA, which takes a second for each optimizer: the numbers of both ways
+    are in test_tensorflow.py, and one test has XLA's here.
+    """
+    if BACKEND == "tensorflow":
+        by_xla = request.function is test_bfloat16_trains
+        monkeypatch.setattr(FastTensorFlow, "jit_compile", by_xla)
 
 
 def made(values: list[Any]) -> list[Any]:
@@ -48,6 +65,16 @@ def build(case: Case, params: list[Any]) -> Adam:
     return opt
 
 
+def host(values: Any) -> list[Any]:
+    return [ops.convert_to_numpy(v) for v in values]
+
+
+def same(a: Any, b: Any, rtol: float = 1e-5, atol: float = 2e-6) -> None:
+    """Within a few float32 roundings a step, of what Keras's own optimizer left."""
+    for one, other in zip(host(a), host(b), strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
+
+
 def raises(kind: type[Exception], *words: str) -> Any:
     class Expected:
         def __enter__(self) -> None: ...
@@ -61,12 +88,11 @@ def raises(kind: type[Exception], *words: str) -> Any:
 
 
 def test_settings_against_the_oracle() -> None:
-    for name in NAMES:
+    for names in ROWS:  # the first is the defaults
+        case = combined(names)
+        assert case is not None
         params = made(variables(shapes=SMALL_SHAPES))
-        opt, reference = (
-            build(CASES[name], params),
-            CASES[name].reference([p.numpy() for p in params]),
-        )
+        opt, reference = build(case, params), case.reference([p.numpy() for p in params])
         for step in range(STEPS):
             g = gradients(step, shapes=SMALL_SHAPES)
             opt.apply_gradients(zip(tensors(g), params, strict=True))
@@ -172,7 +198,7 @@ def test_a_compiled_function() -> None:
     if BACKEND not in ("tensorflow", "jax"):
         return  # they compile nothing
     values = variables(shapes=SMALL_SHAPES)
-    case = CASES[NAMES[-1]]
+    case = CASES[EVERYTHING]
     eager, compiled = made(values), made(values)
     one, other = build(case, eager), build(case, compiled)
     one.build(eager)
@@ -202,6 +228,70 @@ def test_a_compiled_function() -> None:
     for a, b in zip(eager, compiled, strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=2e-5, atol=1e-6)
     assert int(one.iterations) == int(other.iterations)
+
+
+def test_kernels_in_compiled_functions() -> None:
+    """A step of `omniadam.keras` calls the CPU kernels, and yet is a function like others of JAX.
+
+    Here, and not in keras_optimizers.py: on its eight devices the step is XLA's.
+    """
+    if BACKEND != "jax":
+        return
+    import jax
+    import jax.numpy as jnp
+
+    if jax.__version_info__ < (0, 8, 1):
+        pytest.skip("XLA makes the step in this version of JAX")
+    made_of = [np.linspace(-1, 1, n, dtype=np.float32) for n in (5, 200_000)]
+    settings = {"learning_rate": 0.1, "global_clipnorm": 1.0, "use_ema": True}
+    stepped = []
+    for kind in (DropIn, keras.optimizers.Adam):
+        params = made(made_of)
+        opt = kind(**settings)
+        opt.build(params)
+        state = [v.value for v in opt.variables]
+
+        def step(values: Any, grads: Any, opt: Any = opt, state: Any = state) -> Any:
+            return opt.stateless_apply(state, list(grads), values)[0]
+
+        stepped.append(step)
+    ours, theirs = stepped
+    values, grads = tensors(made_of), [jnp.cos(9 * jnp.asarray(v)) for v in made_of]
+    assert "omniadam_kernel" in jax.jit(ours).lower(values, grads).as_text()
+    compiled_step = jax.jit(ours)
+    same(compiled_step(values, grads), jax.jit(theirs)(values, grads))
+
+    def slope(step: Any) -> Any:
+        return jax.grad(lambda g: sum(jnp.sum(w**2) for w in step(values, g)))
+
+    wanted = jax.jit(slope(theirs))(grads)
+    for slope_of_ours in (jax.jit(slope(ours)), slope(ours)):
+        same(slope_of_ours(grads), wanted, rtol=1e-3, atol=1e-6)
+    both = jax.jit(jax.vmap(ours))(*[[jnp.stack([x, 2 * x]) for x in v] for v in (values, grads)])
+    for i in (0, 1):
+        alone = compiled_step(*[[x * (i + 1) for x in v] for v in (values, grads)])
+        same([w[i] for w in both], alone, rtol=1e-6)
+
+    # Runs of one program at once do not get in each other's way.
+    expected = [host(compiled_step([w * k for w in values], grads)) for k in range(4)]
+
+    def repeat(k: int) -> list[bool]:
+        mine = [w * k for w in values]
+        runs = (host(compiled_step(mine, grads)) for _ in range(50))
+        return [all(map(np.array_equal, run, expected[k])) for run in runs]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(all, pool.map(repeat, range(4))))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
+    for spec in (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")):
+        place = jax.sharding.NamedSharding(mesh, spec)
+        spread = [values[0], jax.device_put(values[1], place)]
+        spread[0] = jax.device_put(spread[0], jax.sharding.NamedSharding(mesh, type(spec)()))
+        small, large = compiled_step(spread, grads)
+        for shard in small.addressable_shards:
+            same([shard.data], expected[1][:1], rtol=1e-6)
+        for shard in large.addressable_shards:
+            same([shard.data], [expected[1][1][shard.index]], rtol=1e-6)
 
 
 def test_state_moves_to_numpy_and_back() -> None:

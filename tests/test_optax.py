@@ -86,22 +86,17 @@ def mask_all(params: Any) -> Any:
 
 TABLE = {
     "defaults": Case("adam", {}),
-    "learning_rate": Case("adam", {"learning_rate": 0.02}),
-    "b1": Case("adam", {"b1": 0.8}),
-    "b1 zero": Case("adam", {"b1": 0}),
-    "b1 short": Case("adam", {"b1": 0.3}),
-    "b2": Case("adam", {"b2": 0.95}),
-    "b2 zero": Case("adam", {"b2": 0.0}),
-    "eps": Case("adam", {"eps": 0.01}),
+    "numbers": Case("adam", {"learning_rate": 0.02, "b1": 0.8, "b2": 0.95, "eps": 0.01}),
+    "b1 zero": Case("adam", {"b1": 0, "b2": 0.95}),
+    "b2 zero": Case("adam", {"b1": 0.3, "b2": 0.0}),
     "eps_root": Case("adam", {"eps_root": 1e-3}),
     "nesterov": Case("adam", {"nesterov": True}),
     "nesterov, all": Case("adam", {"nesterov": True, "b1": 0.3, "eps_root": 1e-4, "eps": 1e-3}),
     "schedule": Case("adam", {"learning_rate": optax.cosine_decay_schedule(0.01, 120)}),
-    "schedule, ours": Case("adam", {"learning_rate": schedules.CosineDecay(0.01, 120)}),
     "no learning_rate": Case("adam", {"learning_rate": None}),
     "mu_dtype": Case("adam", {"mu_dtype": "bfloat16"}),
     "mu_dtype, nesterov": Case("adam", {"mu_dtype": jnp.bfloat16, "nesterov": True}),
-    "adamw": Case("adamw", {}),
+    "adamw": Case("adamw", {"learning_rate": schedules.CosineDecay(0.01, 120)}),
     "weight_decay": Case("adamw", {"weight_decay": 0.5, "nesterov": True}),
     "decay schedule": Case("adamw", {"weight_decay": lambda count: 0.5 / (count + 1)}),
     "mask": Case("adamw", {"weight_decay": 0.5, "mask": [True, False]}),
@@ -160,11 +155,11 @@ def ulps(got: list[Any], want: list[Any], sizes: list[Any], dtype: str) -> float
 
 @pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
 def test_updates_are_those_of_optax(case: Case) -> None:
-    """100 updates each, against optax in double precision and in float32.
+    """100 updates each, against optax in double precision.
 
     What optax itself is away from its formula sets the limits where both are in one precision:
     - 1 - b2**t is a difference of numbers near 1, 0.001 at t = 1: half an ulp of 1 is 500 ulps of
-      it there. A b2 that is rounded to float32 makes as much; the square root halves it.
+      it there; the square root halves it.
     - A bfloat16 `mu` is rounded at each step by each, half an ulp a time; after 1 / (1 - b1) steps
       of it what was added at first is gone. optax also multiplies in bfloat16.
     Ours in float32 is within 16 ulps of optax in double: the roundings of m and v, of the
@@ -177,15 +172,14 @@ def test_updates_are_those_of_optax(case: Case) -> None:
         want, sizes = theirs(False), theirs(True)
         double = updates_of(made(ours, case), "float64")(False)
     single = updates_of(made(ours, case), "float32")(False)
-    theirs_single = updates_of(made(optax, case), "float32")(False)
     if "mu_dtype" in case.settings:
+        theirs_single = updates_of(made(optax, case), "float32")(False)
         for got in (double, single):
             assert 0.25 < ulps(got, want, sizes, "bfloat16") < 4
         assert ulps(single, theirs_single, sizes, "bfloat16") < 10
         return
     assert ulps(double, want, sizes, "float64") < 300
     assert ulps(single, want, sizes, "float32") < 16
-    assert ulps(single, theirs_single, sizes, "float32") < 250 + 16
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.999])
@@ -216,11 +210,17 @@ def test_small_float16_gradients() -> None:
     assert not np.isfinite(theirs).any()
 
 
-@pytest.mark.parametrize("epsilon_hat", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.5}], ids=["adam", "adamw"])
+@pytest.mark.parametrize(
+    ("epsilon_hat", "dtype", "settings"),
+    [
+        (True, "float32", {}),
+        (True, "float64", {"weight_decay": 0.5}),
+        (False, "float32", {"weight_decay": 0.5}),
+        (False, "float64", {}),
+    ],
+)
 def test_the_oracle(epsilon_hat: bool, dtype: str, settings: dict[str, Any]) -> None:
-    """With `epsilon_hat`, Keras's numbers."""
+    """With `epsilon_hat`, Keras's numbers. Every two of the three meet."""
     with double_precision(dtype == "float64"):
         params = [jnp.asarray(x) for x in variables(dtype, 0, SMALL_SHAPES)]
         # Its update is of the parameter that the decay has left; the difference is a rounding.
@@ -335,10 +335,8 @@ def test_checkpoint_of_one_is_read_into_the_other(tmp_path: Path, back: bool) ->
 
 COMPLEX: dict[str, Case] = {
     "defaults": Case("adam", {}),
-    "nesterov": Case("adam", {"nesterov": True}),
-    "eps_root": Case("adam", {"eps_root": 1e-3, "eps": 0.01}),
-    "b1 and b2 short": Case("adam", {"b1": 0.3, "b2": 0.2}),
-    "weight_decay": Case("adamw", {"weight_decay": 0.5}),
+    "nesterov": Case("adam", {"nesterov": True, "eps_root": 1e-3, "eps": 0.01}),
+    "weight_decay": Case("adamw", {"weight_decay": 0.5, "b1": 0.3, "b2": 0.2}),
 }
 
 
@@ -406,15 +404,18 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "float32"])
-@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
 @pytest.mark.filterwarnings("ignore:.*(C|c)omplex.*")
-def test_leaves(leaf: Any, mu_dtype: Any) -> None:
-    """Values and types of `init` and of two updates; the types may be weak in theirs."""
-    if IS_OLD and not all(
-        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in jax.tree.leaves(leaf)
-    ):
-        pytest.skip("integers are treated in another way")
-    grads, results = {"a": leaf}, []
+def test_leaves(mu_dtype: Any) -> None:
+    """Values and types of `init` and of two updates; the types may be weak in theirs.
+
+    All in one tree: XLA takes as long for one leaf as for all.
+    """
+    grads, results = dict(LEAVES), []
+    if IS_OLD:  # which treats integers in another way
+        for name, leaf in LEAVES.items():
+            kinds = [jnp.result_type(x) for x in jax.tree.leaves(leaf)]
+            if not all(jnp.issubdtype(kind, jnp.inexact) for kind in kinds):
+                del grads[name]
     for library in (ours, optax):
         solver = library.scale_by_adam(mu_dtype=mu_dtype)
         state = solver.init(grads)
@@ -426,10 +427,11 @@ def test_leaves(leaf: Any, mu_dtype: Any) -> None:
     got, want = ([jax.tree.map(jnp.asarray, x) for x in each] for each in results)
     assert forms(got[0]) == forms(want[0])
     assert [jax.tree.structure(x) for x in got] == [jax.tree.structure(x) for x in want]
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        rtol = 1e-2 if mu_dtype == "bfloat16" else 1e-4
-        np.testing.assert_allclose(a.astype(complex), b.astype(complex), rtol=rtol, atol=1e-6)
+    rtol = 1e-2 if mu_dtype == "bfloat16" else 1e-4
+    for (where, a), (_, b) in zip(*map(jax.tree.leaves_with_path, (got, want)), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        one, other = (np.asarray(x).astype(complex) for x in (a, b))
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-6, err_msg=str(where))
 
 
 def test_an_integer_leaf_beside_what_is_trained() -> None:
@@ -705,9 +707,12 @@ def test_sharded_parameters() -> None:
 # --- Parameters in, parameters out ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("library", [ours, optax], ids=["ours", "optax"])
-@pytest.mark.parametrize("name", ["defaults", "weight_decay", "schedule", "mu_dtype"])
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [*((ours, name) for name in ("defaults", "schedule", "mu_dtype")), (optax, "weight_decay")],
+)
 def test_step_is_update_and_apply_updates(library: Any, name: str) -> None:
+    """Of any solver; theirs has the setting that needs the parameters."""
     solver = made(library, TABLE[name])
     params, state, advance = tree(), solver.init(tree()), step(solver)
     for i in range(5):

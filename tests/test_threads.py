@@ -55,8 +55,16 @@ class Library:
 
 
 @pytest.fixture(params=["numpy", "torch", "jax", "tensorflow"])
-def library(request: pytest.FixtureRequest) -> Library:
-    return Library(request.param)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """On TensorFlow XLA, which takes a second for each optimizer, compiles the plain steps, and
+    below those of variables with a constraint.
+    """
+    chosen = Library(request.param)
+    if chosen.name == "tensorflow":
+        from omniadam.fast.tensorflow import FastTensorFlow
+
+        monkeypatch.setattr(FastTensorFlow, "jit_compile", "plain" in request.node.name)
+    return chosen
 
 
 def in_threads(work: Callable[[int], Any], count: int = THREADS) -> list[Any]:
