@@ -110,8 +110,9 @@ def _table() -> dict[str, Case]:
 
 CASES: dict[str, Case] = _table()
 
-# In full the table is for the rule itself, on NumPy. Each other library runs a part of it in which
-# every two settings still meet, as do each one and the lack of each other: a few rows at once.
+# In full the table is for the rule itself, on NumPy. The kernels, of which each takes seconds to
+# compile, and each other library run a part of it in which every two settings still meet, as do
+# each one and the lack of each other: a few rows at once.
 _FACTORS = [
     *(["learning_rate", "schedule"], ["beta_1"], ["beta_2"], ["epsilon"], ["amsgrad"]),
     *(["weight_decay", "excluded"], sorted(_CLIPS), ["loss_scale_factor"]),
@@ -140,7 +141,8 @@ def _rows() -> Iterator[list[str]]:
 
 
 def _part() -> dict[str, Case]:
-    part = {name: case for name, case in CASES.items() if name.count("+") != 1}
+    part = {name: case for name, case in CASES.items() if name.count("+") > 1}
+    part["defaults"] = CASES["defaults"]
     for names in _rows():
         case = combined(names)
         assert case is not None
@@ -150,6 +152,7 @@ def _part() -> dict[str, Case]:
 
 
 PART: dict[str, Case] = _part()
+SINGLE: dict[str, Case] = {name: CASES[name] for name in _SINGLES}
 # Each setting once, and all that go together at once.
 WHOLE: dict[str, Case] = {
     "+".join(names): case

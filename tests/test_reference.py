@@ -22,6 +22,7 @@ from cases import (
     CASES,
     PART,
     SHAPES,
+    SINGLE,
     SMALL_SHAPES,
     STEPS,
     WHOLE,
@@ -258,7 +259,7 @@ WORKER_DTYPE = "float64"
 
 
 def runs(backend: str) -> Iterator[Run]:
-    for name, case in PART.items():
+    for name, case in (SINGLE | PART).items():
         by_norm = not case.settings.keys().isdisjoint({"clipnorm", "global_clipnorm"})
         single = "+" not in name
         exact = "float32" if backend == "torch" and by_norm else "float64"
