@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,18 @@ tf = pytest.importorskip("tensorflow")
 from omniadam import Adam, migrate  # noqa: E402
 from omniadam.backends import tensorflow as backend  # noqa: E402
 from omniadam.compat import contrib_keras, optimizer_v2  # noqa: E402
+from omniadam.fast.tensorflow import FastTensorFlow  # noqa: E402
 
 v1 = tf.compat.v1
 BEGIN = [1.0, -2.0]
 STEPS = 5
 Step = Callable[[Any, Any], Any]
+
+
+@pytest.fixture(autouse=True)
+def eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by XLA, which takes a second for each optimizer: they are what graphs are compared to."""
+    monkeypatch.setattr(FastTensorFlow, "jit_compile", False)
 
 
 class Halved(Adam):
@@ -94,6 +102,7 @@ def in_loop(step: Callable[[], Any]) -> Any:
 PLACES = {"graph": lambda step: step(), "loop": in_loop}
 
 
+@cache
 def eager(kind: str) -> Any:
     make, step = KINDS[kind]
     w, opt = tf.Variable(BEGIN), make()

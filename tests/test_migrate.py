@@ -67,9 +67,13 @@ V2: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", V2)
 @pytest.mark.parametrize("kind", ["numpy", "torch", "tensorflow", "tf_keras"])
-def test_optimizer_v2(kind: str, name: str) -> None:
+def test_optimizer_v2(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed")
+    if kind == "tensorflow" and name != "decay":  # XLA takes a second for each optimizer
+        from omniadam.fast.tensorflow import FastTensorFlow
+
+        monkeypatch.setattr(FastTensorFlow, "jit_compile", False)
     library = LIBRARIES["tensorflow" if kind == "tf_keras" else kind]
     keras = imported("tf_keras") if kind == "tf_keras" else None
     make = optimizer_v2.Adam if keras is None else keras.optimizers.legacy.Adam
