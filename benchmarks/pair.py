@@ -3,8 +3,8 @@
     python benchmarks/pair.py PEER SET MODE
 
 PEER is one of PEERS and SET one of sets.SETS; or PEER is one of LOOPS and SET "MLP loop",
-"transformer loop" or "MLP fit". MODE is plain or full. Run by run.py, which sets the threads and
-Keras's backend for the process.
+"transformer loop", "CNN loop", "MLP fit", or "first step of" so many tensors. MODE is plain or
+full. Run by run.py, which sets the threads and Keras's backend for the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from sets import SETS, arrays, size
+from sets import OFFSETS, SETS, arrays, many, size
 
 import omniadam
 from omniadam.kernels import cpu
@@ -165,11 +165,20 @@ def ours_torch_dropin(w: list[Any], g: list[Any], mode: str) -> Step:
 
 
 def torch_model(name: str) -> tuple[Any, Any]:
-    """A model and its input: the MLP of the sets, or two layers of a transformer."""
+    """A model and its input: the MLP of the sets, a CNN, or two layers of a transformer."""
     import torch
     from torch import nn
 
     torch.manual_seed(0)
+    if name == "CNN":
+        channels = [
+            x
+            for a, b in ((3, 32), (32, 64), (64, 128))
+            for x in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
+        ]
+        return nn.Sequential(*channels, nn.Flatten(), nn.Linear(2048, 100)), torch.randn(
+            32, 3, 32, 32
+        )
     if name == "MLP":
         widths = (784, 128, 64, 10)
         layers = [x for a, b in pairwise(widths) for x in (nn.Linear(a, b), nn.ReLU())]
@@ -201,6 +210,22 @@ def torch_loop(make_step: Callable[[list[Any], str], Step]) -> Callable[[str, st
 def torch_apply(params: list[Any], mode: str) -> Step:
     opt = omniadam.Adam(**OURS[mode])
     return lambda: opt.apply_gradients([(p.grad, p) for p in params])
+
+
+def first_step(make_step: Callable[[list[Any], str], Step]) -> Callable[[str, str], Loop]:
+    """To make an optimizer and its first step, which creates its state."""
+
+    def make(name: str, mode: str) -> Loop:
+        shapes = many(int(name.split()[-2].replace(",", "")))
+        w, g = arrays(shapes, 0, 0.05), arrays(shapes, 1, 0.01)
+        held: list[Any] = []
+
+        def prepare() -> None:
+            held[:] = torch_parameters([x.copy() for x in w], g)
+
+        return Loop(prepare, lambda: make_step(list(held), mode)())
+
+    return make
 
 
 def chained(adam: Any, adamw: Any, mode: str) -> Any:
@@ -280,6 +305,45 @@ def fit(is_ours: bool) -> Callable[[str, str], Loop]:
     return make
 
 
+def in_function(make: Any, w: list[Any], g: list[Any], mode: str) -> Step:
+    """A step within a function of the user's, as in a training loop of one's own."""
+    import tensorflow as tf
+
+    opt, variables = make(mode, w)
+    grads = [tf.constant(x) for x in g]
+
+    def apply(grads: list[Any]) -> None:
+        opt.apply_gradients(list(zip(grads, variables, strict=True)))
+
+    function = tf.function(apply, autograph=False)
+    return lambda: function(grads)
+
+
+def _tensorflow(mode: str, w: list[Any]) -> tuple[Any, list[Any]]:
+    import tensorflow as tf
+
+    return omniadam.Adam(**OURS[mode]), [tf.Variable(x) for x in w]
+
+
+def _keras(mode: str, w: list[Any]) -> tuple[Any, list[Any]]:
+    import keras
+
+    opt, variables = keras_optimizer(False, mode), [keras.Variable(x) for x in w]
+    opt.build(variables)
+    return opt, variables
+
+
+def _older(is_ours: bool, mode: str, w: list[Any]) -> tuple[Any, list[Any]]:
+    import tensorflow as tf
+
+    if is_ours:
+        from omniadam.compat.optimizer_v2 import Adam
+    else:
+        from tf_keras.optimizers.legacy import Adam
+    settings = {} if mode == "plain" else {"global_clipnorm": 1.0}
+    return Adam(**settings), [tf.Variable(x) for x in w]
+
+
 def keras_step(w: list[Any], g: list[Any], mode: str, is_ours: bool = False) -> Step:
     import keras
 
@@ -354,6 +418,14 @@ PEERS: dict[str, tuple[Callable[..., Step], Callable[..., Step]]] = {
     "JAX Refs: Keras on JAX": (ours_jax, keras_step),
     "TensorFlow: Keras on TensorFlow": (ours_tensorflow, keras_step),
     "omniadam.optax: optax": (ours_optax, optax_step),
+    "TensorFlow, in a tf.function: Keras on TensorFlow": (
+        partial(in_function, _tensorflow),
+        partial(in_function, _keras),
+    ),
+    "compat.optimizer_v2, in a tf.function: tf_keras legacy": (
+        partial(in_function, partial(_older, True)),
+        partial(in_function, partial(_older, False)),
+    ),
 }
 KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on PyTorch")
 for keras_peer in KERAS:
@@ -372,6 +444,12 @@ LOOPS |= {
 }
 
 
+FIRST = {
+    f"{ours}: torch fused": (make, partial(torch_optim, kind="fused"))
+    for ours, make in (("PyTorch", torch_apply), ("omniadam.torch", torch_dropin))
+}
+
+
 def timed(step: Step) -> float:
     start = time.perf_counter()
     step()
@@ -382,10 +460,15 @@ def main(peer: str, name: str, mode: str) -> None:
     steps: list[Step] = []
     if name in SETS:
         shapes = SETS[name]()
+        offset = OFFSETS.get(name, 0)
         for make in PEERS[peer]:
             # Separate arrays: neither may find the other's in a cache.
-            steps.append(make(arrays(shapes, 0, 0.05), arrays(shapes, 1, 0.01), mode))
+            w, g = arrays(shapes, 0, 0.05, offset), arrays(shapes, 1, 0.01, offset)
+            steps.append(make(w, g, mode))
         elements = size(shapes)
+    elif name.startswith("first step"):
+        steps += [first_step(make)(name, mode) for make in FIRST[peer]]
+        elements = 0
     else:
         name = name.removesuffix(" loop").removesuffix(" fit")
         steps += [make(name, mode) for make in LOOPS[peer]]
@@ -393,14 +476,28 @@ def main(peer: str, name: str, mode: str) -> None:
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + SECONDS
     for i in range(2000):
-        if i >= 10 and time.perf_counter() > end:
+        if i >= (3 if name.startswith("first step") else 10) and time.perf_counter() > end:
             break
         for step, taken in zip(steps, times, strict=True):
             if isinstance(step, Loop):
                 step.prepare()
             taken.append(timed(step))
-    ours, theirs = (statistics.median(taken[3:]) for taken in times)
-    print(json.dumps({"ours": ours, "theirs": theirs, "n": elements, "runs": len(times[0])}))
+    # The first calls find nothing in any cache; of a first step each call is one.
+    ours, theirs = (taken[0 if name.startswith("first step") else 3 :] for taken in times)
+    count = min(5, len(ours))
+    parts = [(ours[i::count], theirs[i::count]) for i in range(count)]
+    ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in parts)
+    result = {
+        "ours": statistics.median(ours),
+        "theirs": statistics.median(theirs),
+        # Of interleaved fifths of the run, the lowest and the highest ratio.
+        "spread": [ratios[0], ratios[-1]],
+        # The 95th percentile as a multiple of the median.
+        "tails": [float(np.quantile(x, 0.95)) / statistics.median(x) for x in (ours, theirs)],
+        "n": elements,
+        "runs": len(ours),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Measure omniadam beside its peers and write the tables into README.md.
 
-    python benchmarks/run.py [--quick]
+    python benchmarks/run.py [--quick] [SECTION ...]
 
 Each row is a process of its own, in which the two steps alternate; a figure is the ratio of their
-medians. `--quick` leaves out the two large sets and does not write.
+medians, with the lowest and the highest of five fifths of the run. `--quick` leaves out the two
+large sets and does not write. Sections are measured apart, each with its machine: see SECTIONS.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,6 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 THREADS = 2
-BEGIN, END = "<!-- measured by make bench: begin -->", "<!-- measured by make bench: end -->"
 KERAS = {"Keras on TensorFlow": "tensorflow", "Keras on JAX": "jax", "Keras on PyTorch": "torch"}
 NUMPY_PEERS = ["torch fused", "torch foreach", "optax", *KERAS, "plain NumPy"]
 LIBRARY_PEERS = [
@@ -37,11 +39,16 @@ LIBRARY_PEERS = [
     "omniadam.optax: optax",
     *(f"omniadam.keras: {peer}" for peer in KERAS),
 ]
+IN_FUNCTION_PEERS = ["TensorFlow, in a tf.function: Keras on TensorFlow"]
+OLDER_PEERS = ["compat.optimizer_v2, in a tf.function: tf_keras legacy"]
+TORCH_PEERS = ["PyTorch: torch fused", "omniadam.torch: torch fused"]
 LOOP_PEERS = [
     f"{ours}: torch {theirs}"
     for ours in ("PyTorch", "omniadam.torch")
     for theirs in ("fused", "foreach")
 ]
+LOOPS = ["MLP loop", "transformer loop", "CNN loop"]
+FIRST_STEPS = ["first step of 10,000 tensors", "first step of 20,000 tensors"]
 # Bytes a float32 element: g read; w, m, v read and written; with the norm g once more, with the
 # average one more read and write.
 BYTES = {"plain": 28, "full": 40}
@@ -69,20 +76,32 @@ def pair(peer: str, name: str, mode: str) -> dict[str, Any]:
     backend = KERAS.get(peer.split(": ")[-1], "numpy")
     out = child([str(HERE / "pair.py"), peer, name, mode], KERAS_BACKEND=backend)
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    low, high = result["spread"]
     print(
         f"{peer:32} {name:12} {mode:6} ours {result['ours'] * 1e3:9.3f} ms   "
-        f"theirs {result['theirs'] * 1e3:9.3f} ms   {result['theirs'] / result['ours']:6.2f} x",
+        f"theirs {result['theirs'] * 1e3:9.3f} ms   {result['theirs'] / result['ours']:6.2f} x "
+        f"({low:.2f} to {high:.2f})",
         flush=True,
     )
     return result
+
+
+def cell(result: dict[str, Any]) -> str:
+    """Who is faster, in bold if that is omniadam, and how sure that is."""
+    ratio = result["theirs"] / result["ours"]
+    low, high = result["spread"]
+    spread = f"({low:.2f} to {high:.2f})"
+    if ratio >= 1.03:
+        return f"**{ratio:.2f}× faster** {spread}"
+    return f"{1 / ratio:.2f}× slower {spread}" if ratio <= 0.97 else f"level {spread}"
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}" if seconds < 1e-3 else f"{seconds * 1e3:.1f}"
 
 
-def table(peers: list[str], sets: list[str]) -> list[str]:
-    columns = [(name, mode) for name in sets for mode in BYTES]
+def table(peers: list[str], sets: list[str], modes: Sequence[str] = tuple(BYTES)) -> list[str]:
+    columns = [(name, mode) for name in sets for mode in modes]
     lines = [
         "| | " + " | ".join(f"{name}, {mode}" for name, mode in columns) + " |",
         "|---|" + "---:|" * len(columns),
@@ -98,13 +117,47 @@ def table(peers: list[str], sets: list[str]) -> list[str]:
                 cells.append("failed")
                 continue
             own[column].append(result["ours"])
-            cells.append(f"{result['theirs'] / result['ours']:.1f}×")
+            cells.append(cell(result))
         lines.append(f"| {peer} | " + " | ".join(cells) + " |")
     if peers is not NUMPY_PEERS:  # each row has its own library
         return lines
     medians = [milliseconds(statistics.median(own[column])) for column in columns]
     lines.insert(2, "| **omniadam, ms a step** | " + " | ".join(medians) + " |")
     return lines
+
+
+def tails() -> list[str]:
+    """How late the late steps are, in a loop in which torch keeps all cores busy."""
+    lines = [
+        "| 95th percentile of a step / its median | omniadam | torch fused |",
+        "|---|---:|---:|",
+    ]
+    for peer in TORCH_PEERS:
+        for name in LOOPS:
+            ours, theirs = pair(peer, name, "plain")["tails"]
+            lines.append(f"| {peer.partition(':')[0]}, {name} | {ours:.2f} | {theirs:.2f} |")
+    return lines
+
+
+BUSY = "import numpy as np; a = np.ones((300, 300))\nwhile True: a @ a"
+
+
+@contextmanager
+def busy_neighbours(count: int = 4) -> Iterator[None]:
+    """Processes that want the same cores."""
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    others = [subprocess.Popen([sys.executable, "-c", BUSY], env=env) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+
+
+def beside_neighbours() -> list[str]:
+    with busy_neighbours():
+        return table(TORCH_PEERS, LOOPS[:1])
 
 
 def bandwidth(sets: list[str]) -> list[str]:
@@ -204,36 +257,97 @@ def machine() -> str:
     return f"{name}, {THREADS} threads each; Python {platform.python_version()}, {versions}."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    sets = ["MLP"] if quick else ["MLP", "ResNet-50", "GPT-2 small"]
-    parts = [
-        [machine()],
-        ["On NumPy arrays; how many times as long each peer takes for the same step:"],
-        table(NUMPY_PEERS, sets),
+def numpy_arrays(sets: list[str]) -> list[list[str]]:
+    legend = (
+        "1.50× faster: the peer takes 1.50 times as long for the same step, by the medians of one "
+        "run; in brackets the lowest and highest ratio of five fifths of it. On NumPy arrays:"
+    )
+    return [[legend], table(NUMPY_PEERS, sets)]
+
+
+def libraries(sets: list[str]) -> list[list[str]]:
+    return [
         ["On the variables of each library, against the peers of that library:"],
         table(LIBRARY_PEERS, sets[:2]),
-        [
-            "The step inside a training loop of PyTorch, after a forward and a backward pass (the "
-            "MLP with batches of 64; 2 layers of a transformer of width 128, 8 sequences of 64):"
-        ],
-        table(LOOP_PEERS, ["MLP loop", "transformer loop"]),
+    ]
+
+
+def tensorflow(sets: list[str]) -> list[list[str]]:
+    return [
+        ["TensorFlow, inside a `tf.function`, as in a training loop of one's own:"],
+        table(IN_FUNCTION_PEERS, sets[:2]),
+        table(OLDER_PEERS, sets[:2], ["plain"]),
+    ]
+
+
+def loops(sets: list[str]) -> list[list[str]]:
+    legend = (
+        "The step inside a training loop of PyTorch, after a forward and a backward pass (the MLP "
+        "with batches of 64; 2 layers of a transformer of width 128, 8 sequences of 64; a CNN of 3 "
+        "layers, 32 images):"
+    )
+    return [
+        [legend],
+        table(LOOP_PEERS, LOOPS),
+        tails(),
+        ["The same beside four processes that want the same cores:"],
+        beside_neighbours(),
+    ]
+
+
+def tensors(sets: list[str]) -> list[list[str]]:
+    legend = (
+        "Tensors of PyTorch: large ones, many small ones, odd sizes that begin anywhere, and what "
+        "it takes to make an optimizer and its first step:"
+    )
+    large = [name for name in sets if name != "MLP"]
+    return [
+        [legend],
+        table(TORCH_PEERS, [*large, "10,000 tensors", "odd sizes"]),
+        table(TORCH_PEERS, FIRST_STEPS, ["plain"]),
+    ]
+
+
+def epochs(sets: list[str]) -> list[list[str]]:
+    return [
         ["Whole epochs of `model.fit`, the MLP with 32 batches of 64:"],
         table([f"omniadam.keras: {peer}" for peer in KERAS], ["MLP fit"]),
-        ["Memory traffic, where memory is the limit:"],
-        bandwidth(sets[1:] or sets),
-        small(),
-        accuracy(),
     ]
-    text = "\n\n".join("\n".join(part) for part in parts)
-    print(text)
-    if not quick:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def memory(sets: list[str]) -> list[list[str]]:
+    return [["Memory traffic, where memory is the limit:"], bandwidth(sets[1:] or sets)]
+
+
+SECTIONS: dict[str, Callable[[list[str]], list[list[str]]]] = {
+    "numpy": numpy_arrays,
+    "libraries": libraries,
+    "tensorflow": tensorflow,
+    "loops": loops,
+    "tensors": tensors,
+    "fit": epochs,
+    "memory": memory,
+    "small": lambda sets: [small()],
+    "accuracy": lambda sets: [accuracy()],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    sets = ["MLP"] if given.quick else ["MLP", "ResNet-50", "GPT-2 small"]
+    readme = ROOT / "README.md"
+    for name in given.sections or SECTIONS:
+        parts = [[machine()], *SECTIONS[name](sets)]
+        text = "\n\n".join("\n".join(part) for part in parts)
+        print(text, flush=True)
+        if not given.quick:
+            begin, end = (f"<!-- make bench: {word} {name} -->" for word in ("begin", "end"))
+            before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+            _, _, after = rest.partition(end)
+            readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

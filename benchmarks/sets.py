@@ -44,13 +44,38 @@ def gpt2() -> list[Shape]:
     return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
 
 
-SETS = {"MLP": mlp, "ResNet-50": resnet50, "GPT-2 small": gpt2}
+def many(count: int = 10_000) -> list[Shape]:
+    """A model of small parameters."""
+    return [(100,)] * count
+
+
+def odd() -> list[Shape]:
+    """Sizes that no vector divides."""
+    return [(n,) for n in range(1, 4000, 13)]
+
+
+SETS = {
+    "MLP": mlp,
+    "ResNet-50": resnet50,
+    "GPT-2 small": gpt2,
+    "10,000 tensors": many,
+    "odd sizes": odd,
+}
+# Elements by which arrays miss the boundaries of cache lines.
+OFFSETS = {"odd sizes": 1}
 
 
 def size(shapes: list[Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def arrays(shapes: list[Shape], seed: int, scale: float) -> list[np.ndarray]:
+def arrays(shapes: list[Shape], seed: int, scale: float, offset: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(s, dtype=np.float32) * np.float32(scale) for s in shapes]
+
+    def array(shape: Shape) -> np.ndarray:
+        values = np.empty(math.prod(shape) + offset, np.float32)[offset:]
+        rng.standard_normal(dtype=np.float32, out=values)
+        values *= scale
+        return values.reshape(shape)
+
+    return list(map(array, shapes))

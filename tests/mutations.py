@@ -308,6 +308,42 @@ FAULTS = [
         "self._note",
         "test_numpy.py -k 'changed'",
     ),
+    Fault(
+        "kernels/cpu.py",
+        "_ELEMENTWISE = frozenset[str]()",
+        '_ELEMENTWISE = frozenset({"contract"})',
+        "test_kernels.py -k 'same_bits and float64 or no_flag'",
+    ),
+    Fault(
+        "fast/openmp.py",
+        "self._is_useless = not 1 <= counted[0] <= 2",
+        "self._is_useless = False",
+        "test_torch.py -k runtime_of_another",
+    ),
+    Fault(
+        "fast/openmp.py",
+        "os.register_at_fork(after_in_child=found.give_up)",
+        "pass",
+        "test_torch.py -k a_fork_after_torchs",
+    ),
+    Fault(
+        "fast/tensorflow.py",
+        "        if self._backend.how == _WITHIN:\n            raise NotOurs",
+        "        return",
+        "test_tensorflow.py -k where_xla_cannot",
+    ),
+    Fault(
+        "fast/tensorflow.py",
+        "        with tf.control_dependencies(gradients):\n            if len",
+        "        if True:\n            if len",
+        "test_tensorflow.py -k index_out_of_range",
+    ),
+    Fault(
+        "compat/tensorflow.py",
+        "return tf.cast(value, dtype)  # by way of float32",
+        "return tf.constant(value, dtype)",
+        "test_optimizer_v2.py -k 'bits_of_the_original and float64'",
+    ),
     # --- state
     Fault(
         "state.py",

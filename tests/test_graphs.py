@@ -158,7 +158,7 @@ def test_where_it_is_not_known_what_runs(is_known: bool, monkeypatch: pytest.Mon
         def is_ordered(otherwise: bool = False) -> bool:
             return bool(tf.executing_eagerly()) or otherwise
 
-        monkeypatch.setattr(backend, "_is_ordered", is_ordered)
+        monkeypatch.setattr(backend, "is_ordered", is_ordered)
     w, opt, own = tf.Variable(BEGIN), Adam(0.1), Halved(0.1)
 
     @tf.function

@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-import omniadam  # noqa: E402
+import omniadam.torch  # noqa: E402
 from cases import (  # noqa: E402
     CASES,
     PART,
@@ -43,6 +43,7 @@ from cases import (  # noqa: E402
 )
 from omniadam import Adam, AdamW, Optimizer, schedules  # noqa: E402
 from omniadam.backends import torch as backend  # noqa: E402
+from omniadam.fast import openmp  # noqa: E402
 from omniadam.fast import torch as fast  # noqa: E402
 from omniadam.kernels import cpu  # noqa: E402
 from reference import Array  # noqa: E402
@@ -1720,21 +1721,135 @@ def test_threads_follow_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(cpu, "_default_threads", lambda openmp: int(openmp or 4))
     memory, before = backend.TorchMemory(), torch.get_num_threads()
+    woken: list[int] = []
+    monkeypatch.setattr(cpu._helpers, "wakers", lambda count, *rest: woken.append(count) or [])
+    asked = parallel_calls(monkeypatch)
     try:
         torch.set_num_threads(1)
-        assert (memory.threads(), cpu.threads()) == (1, 4)
-        woken: list[int] = []
-        monkeypatch.setattr(cpu._helpers, "wakers", lambda count, *rest: woken.append(count) or [])
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            Adam().apply([torch.ones(600_000)], [torch.ones(600_000)])
-        assert woken == [2]
+        assert (memory.team.size(), cpu.threads()) == (1, 4)
+        for own in (True, False):
+            if not own:  # where torch's threads cannot be asked
+                monkeypatch.setattr(openmp, "team", lambda: None)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                Adam().apply([torch.ones(600_000)], [torch.ones(600_000)])
+        assert (asked, woken) == ([3], [2])
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        assert memory.threads() == 2
+        assert memory.team.size() == 2
         monkeypatch.setenv("OMNIADAM_NUM_THREADS", "6")
-        assert memory.threads() == 6
+        assert memory.team.size() == 6
     finally:
         torch.set_num_threads(before)
+
+
+def parallel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many threads torch's runtime is asked for, call by call."""
+    team, asked = openmp.team(), []
+    assert team is not None, "torch's OpenMP runtime was not found"
+    parallel = team._parallel
+    if not team._entry:
+        team._begin()
+
+    def counted(function: int, job: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        parallel(function, job, threads, flags)
+
+    monkeypatch.setattr(team, "_parallel", counted)
+    return asked
+
+
+@pytest.mark.parametrize("settings", [{}, {"global_clipnorm": 1.0, "amsgrad": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_threads_change_no_bit(
+    dtype: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(threads: int) -> list[Tensor]:
+        monkeypatch.setenv("OMNIADAM_NUM_THREADS", str(threads))
+        torch.manual_seed(0)
+        params = [torch.randn(n).to(dtype) for n in (70_001, 3, 40_000)]
+        opt = Adam(**settings)
+        for _ in range(3):
+            opt.apply([torch.randn(w.shape).to(dtype) for w in params], params)
+        return [*params, *opt.variables]
+
+    asked = parallel_calls(monkeypatch)
+    want = run(1)
+    assert asked == []
+    for threads in (2, 5):
+        for ours, other in zip(run(threads), want, strict=True):
+            assert_same(ours, other)
+    assert set(asked) == {2, 5}
+
+
+@pytest.mark.parametrize("runs", [0, 3])
+def test_a_runtime_of_another_kind_is_not_trusted(
+    runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = openmp._runtime()
+    assert real is not None
+
+    def parallel(function: int, argument: int, threads: int, flags: int) -> None:
+        for _ in range(runs):
+            real(function, argument, 1, flags)
+
+    team = openmp.OpenMP(parallel)
+    monkeypatch.setattr(openmp, "team", lambda: team)
+    monkeypatch.setenv("OMNIADAM_NUM_THREADS", "2")
+    w = torch.ones(100_000)
+    Adam(0.5).apply([torch.ones(100_000)], [w])
+    assert w.eq(w[0]).all() and w[0] < 0.6
+    assert team._is_useless and team.smallest == cpu.PARALLEL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_after_torchs_threads_were_used() -> None:
+    code = """
+import os, time, torch
+from omniadam import Adam
+def run():
+    w, opt = torch.ones(100_000), Adam(0.1)
+    for i in range(3):
+        opt.apply([torch.full((100_000,), 1.0 + i)], [w])
+    return float(w.double().sum()), float(w[0])
+torch.set_num_threads(2)
+want = run()
+child = os.fork()
+if not child:
+    torch.set_num_threads(1)  # for the sum
+    from omniadam.kernels import cpu
+    os.environ["OMNIADAM_NUM_THREADS"] = "2"
+    os._exit(run()[1] != want[1])
+for _ in range(600):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+assert ended == child and status == 0, status
+assert run() == want
+"""
+    run_script(code, "-W", "ignore", OMNIADAM_NUM_THREADS="2")
+
+
+def test_state_in_huge_pages_is_an_ordinary_tensor(tmp_path: Path) -> None:
+    asked: list[int] = []
+    w = nn.Parameter(torch.ones(3 << 20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "_madvise", lambda: lambda start, size, _: asked.append(size))
+        opt = Adam(0.1)
+        opt.build([w])
+    assert len(asked) == 2 and min(asked) > 11 << 20
+    momentum = opt.variables[2]
+    assert not momentum.any()
+    assert torch.equal(pickle.loads(pickle.dumps(momentum)), momentum)
+    momentum.share_memory_()
+    other = omniadam.torch.Adam([w])
+    w.grad = torch.ones_like(w)
+    other.step()
+    held = other.state[w]["exp_avg"]
+    held.untyped_storage().resize_(0)
+    held.untyped_storage().resize_(4 * w.numel())
 
 
 def test_a_fork_after_steps() -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, repeat
 from operator import is_, itemgetter, setitem
 from typing import Any, NamedTuple
@@ -26,7 +27,16 @@ from .adam import ADAM, AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Group, Selection
 from .backends.host import Numbers
-from .backends.torch import DeviceNumbers, Torch, TorchDevice, TorchMemory, _is_plain, _writing
+from .backends.torch import (
+    DeviceNumbers,
+    Torch,
+    TorchDevice,
+    TorchMemory,
+    _is_plain,
+    _writing,
+    making_state,
+    zeros_like,
+)
 from .kernels.cpu import Work
 from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
@@ -695,8 +705,14 @@ def _is_watched() -> bool:
         return True
 
 
-def _over(variables: Sequence[Tensor]) -> Any:
-    return TorchDevice() if _is_watched() else Torch.over(variables)
+def _kind_for(variables: Sequence[Tensor]) -> type[Torch]:
+    return TorchDevice if _is_watched() else Torch.kind_for(variables)
+
+
+@cache
+def _describing(kind: type[Torch]) -> Torch:
+    """A backend that describes variables, for any bucket."""
+    return kind()
 
 
 class _Bucket:
@@ -741,15 +757,16 @@ class _Bucket:
             return [self]
         names = dict(zip(map(id, group["params"]), _names(group), strict=True))
         parts: dict[Any, tuple[list[int], list[Entry]]] = {}
-        for k, p in enumerate(self.params):
-            key, entry = None, None
-            if not self.is_absent or state.get(p):
-                entry = _entry(p, names[id(p)], state, group, self._names, replaced)
-                backend = type(_over([entry.variable]))
-                key = backend, entry.slot_dtype, _count(state[p]["step"])
-            indices, entries = parts.setdefault(key, ([], []))
-            indices.append(k)
-            entries += [] if entry is None else [entry]
+        with making_state():
+            for k, p in enumerate(self.params):
+                key, entry = None, None
+                if not self.is_absent or state.get(p):
+                    entry = _entry(p, names[id(p)], state, group, self._names, replaced)
+                    kind = _kind_for([entry.variable])
+                    key = kind, entry.slot_dtype, _count(state[p]["step"])
+                indices, entries = parts.setdefault(key, ([], []))
+                indices.append(k)
+                entries += [] if entry is None else [entry]
         result = []
         for indices, entries in parts.values():
             part = self._part(indices, self.is_absent)
@@ -777,7 +794,7 @@ class _Bucket:
         self._ts = [self._t] * len(self._counts)
         self._is_double = entries[0].slot_dtype == "float64"
         self._variables = [entry.variable for entry in entries]
-        self._backend: Any = _over(self._variables)
+        self._backend: Any = _kind_for(self._variables)()
         self._selection = Selection(tuple(entries), ())
         self._idle = Selection((), tuple(entries))
 
@@ -988,7 +1005,7 @@ def _entry(
     `known` are the names of what the last step kept, if there was one: that may not be missing.
     """
     variable = sharded.inner(p)
-    entry: Entry = _over([variable]).describe(variable, name)
+    entry = _describing(_kind_for([variable])).describe(variable, name)
     names, held = _slot_names(group), state[p]
     _check_complete(held, (*_OWN, *known), name)
     replaced.append((held, dict(held)))
@@ -1024,35 +1041,34 @@ def _slot(key: str, value: Any, p: Tensor, name: str, group: Mapping[str, Any]) 
         )
     # float16 and bfloat16 are computed in float32, and so is their state.
     dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
-    with torch.inference_mode(False), torch.no_grad():
-        if value is None:
-            slot = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            return slot.copy_(p) if key == "average" else slot
-        kind = sharded.dtensor()
-        if value.shape != p.shape:
-            raise ValueError(
-                f"The state '{key}' of parameter '{name}' must have its shape, {tuple(p.shape)}. "
-                f"Received shape {tuple(value.shape)}. Give the parameters to the optimizer in the "
-                "order of the state, or with names on both sides."
-            )
-        if value.is_complex() != p.is_complex():
-            raise ValueError(
-                f"The state '{key}' of parameter '{name}' must be real or complex as it is, of "
-                f"dtype {p.dtype}. Received dtype {value.dtype}. Load the state of a parameter of "
-                "its kind."
-            )
-        if isinstance(value, kind) != isinstance(p, kind):
-            raise ValueError(
-                f"The state '{key}' of parameter '{name}' must be sharded as it is: the parameter "
-                f"is a {type(p).__name__}, the state a {type(value).__name__}. Load it by "
-                "set_optimizer_state_dict of torch.distributed.checkpoint.state_dict."
-            )
-        if isinstance(p, kind) and value.placements != p.placements:
-            value = value.redistribute(p.device_mesh, p.placements)
-        mine, of_p = sharded.local(value), sharded.local(p)
-        if (mine.dtype, mine.device) == (dtype, of_p.device) and sharded.lies_like(mine, of_p):
-            return value
-        return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value)
+    if value is None:
+        slot = zeros_like(p, dtype)
+        return slot.copy_(p) if key == "average" else slot
+    kind = sharded.dtensor()
+    if value.shape != p.shape:
+        raise ValueError(
+            f"The state '{key}' of parameter '{name}' must have its shape, {tuple(p.shape)}. "
+            f"Received shape {tuple(value.shape)}. Give the parameters to the optimizer in the "
+            "order of the state, or with names on both sides."
+        )
+    if value.is_complex() != p.is_complex():
+        raise ValueError(
+            f"The state '{key}' of parameter '{name}' must be real or complex as it is, of "
+            f"dtype {p.dtype}. Received dtype {value.dtype}. Load the state of a parameter of "
+            "its kind."
+        )
+    if isinstance(value, kind) != isinstance(p, kind):
+        raise ValueError(
+            f"The state '{key}' of parameter '{name}' must be sharded as it is: the parameter "
+            f"is a {type(p).__name__}, the state a {type(value).__name__}. Load it by "
+            "set_optimizer_state_dict of torch.distributed.checkpoint.state_dict."
+        )
+    if isinstance(p, kind) and value.placements != p.placements:
+        value = value.redistribute(p.device_mesh, p.placements)
+    mine, of_p = sharded.local(value), sharded.local(p)
+    if (mine.dtype, mine.device) == (dtype, of_p.device) and sharded.lies_like(mine, of_p):
+        return value
+    return zeros_like(p, dtype).copy_(value)
 
 
 def _step(value: Any, name: str, group: Mapping[str, Any]) -> Tensor:
@@ -1103,12 +1119,15 @@ def _prepared(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | No
     kept = (*_EXTRAS, *_REFUSED)
     saved = _matched(own, saved)
     state = dict(state_dict["state"])
-    for group, s in zip(own, saved, strict=True):
-        for p, key, name in zip(group["params"], s["params"], _names(s), strict=True):
-            if key in state:
-                # What the state's own groups say that they keep.
-                _check_complete(state[key], _slot_names(s), str(name))
-                state[key] = _copied(state[key], p, str(name), optimizer.state.get(p, {}), group)
+    with making_state():
+        for group, s in zip(own, saved, strict=True):
+            for p, key, name in zip(group["params"], s["params"], _names(s), strict=True):
+                if key in state:
+                    # What the state's own groups say that they keep.
+                    _check_complete(state[key], _slot_names(s), str(name))
+                    state[key] = _copied(
+                        state[key], p, str(name), optimizer.state.get(p, {}), group
+                    )
     saved = [
         {**{k: o[k] for k in kept if k in o}, **{k: v for k, v in s.items() if k not in _REFUSED}}
         for o, s in zip(own, saved, strict=True)

@@ -13,6 +13,12 @@ CHUNK = 8192
 # 101 for 2**17 elements, 172 and 210 for 2**18, 324 and 320 for 2**19, 618 and 477 for 2**20.
 PARALLEL = 1 << 19
 
+# The same where the threads are PyTorch's own, which spin for a while after each of its operations.
+SPINNING = 1 << 15
+
+# Bytes of a state tensor of PyTorch from which on it is asked for in huge pages, of two MiB.
+HUGE = 2 << 20
+
 # Elements in a buffer through which strided memory goes, in chunks: for a kernel, and for NumPy,
 # whose temporaries should stay in the cache.
 BUFFERED, BUFFERED_ON_NUMPY = 8, 2

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .. import options
 from ..kernels import layout
-from ..kernels.cpu import STORAGE, SparseRows, Work, threads
+from ..kernels.cpu import HELPERS, STORAGE, SparseRows, Team, Work
 from ..kernels.layout import Odd, Operand, Plan, in_order
 from ..rule import Pass, Rule, make_element, make_gradient
 from .base import Advance, Backend, Entry, Group, Latest, Overtaken, Selection, Stateless, Sums
@@ -156,9 +156,10 @@ class HostMemory(Backend):
         """A variable, or its gradient (or that as an array), in the type that is computed in."""
         raise NotImplementedError
 
-    def threads(self) -> int:
-        """How many threads a large step uses."""
-        return threads()
+    @property
+    def team(self) -> Team:
+        """The threads that share a large step."""
+        return HELPERS
 
     def operand(self, entry: Entry) -> Operand:
         return Operand(
@@ -170,11 +171,7 @@ class HostMemory(Backend):
         )
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
-        check_distinct(
-            (entry, layout.Region(a.ctypes.data, a.shape, a.strides, a.itemsize))
-            for entry in entries
-            for a in _arrays(self.operand(entry))
-        )
+        _check_distinct(entries, map(self.operand, entries))
 
     def gather(self, selection: Selection, gradients: list[Any]) -> Gradients:
         plain = array("q", [0] * len(gradients))
@@ -217,7 +214,7 @@ class HostMemory(Backend):
             return before
         for entry, operand in zip(entries, operands, strict=True):
             _check_state(entry, operand)
-        self.check_distinct(entries)
+        _check_distinct(entries, operands)
         compiled = [layout.compiled_for(operand, None) for operand in operands]
         rest = zip(selection.rest, compiled[len(selection.entries) :], strict=True)
         selection.prepared = located = Located(
@@ -254,7 +251,7 @@ class HostMemory(Backend):
                 group.rule,
                 [operands[i] for i in regular],
                 [entries[i].decayed for i in regular],
-                self.threads,
+                self.team,
             )
         # The pass and the rule live as long as the key that has their identities.
         return plan, regular, group.kind, group.rule
@@ -284,7 +281,7 @@ class HostMemory(Backend):
         for i, (gradient, dtype) in odd.items():
             kind = group.kind._replace(decayed=group.kind.decayed and entries[i].decayed)
             one = array("d", [factors[i]]) if factors else factors
-            each = Odd(kind, group.rule, operands[i], gradient, dtype, self.threads)
+            each = Odd(kind, group.rule, operands[i], gradient, dtype, self.team)
             parts.append(([i], each.add_to(work, one, coefficients)))
         return lambda: in_order(parts)
 
@@ -428,6 +425,14 @@ def twin_apply(
     twin.set_weights(state)
     twin.apply(gradients, copies)
     return copies, twin.variables
+
+
+def _check_distinct(entries: Sequence[Entry], operands: Iterable[Operand]) -> None:
+    check_distinct(
+        (entry, layout.Region(a.ctypes.data, a.shape, a.strides, a.itemsize))
+        for entry, operand in zip(entries, operands, strict=True)
+        for a in _arrays(operand)
+    )
 
 
 def check_distinct(regions: Iterable[tuple[Entry, layout.Region]]) -> None:

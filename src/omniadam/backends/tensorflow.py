@@ -223,7 +223,7 @@ class TensorFlow(Functional):
         return isinstance(variable, tf.Variable) and _strategy_of(variable) is self._strategy
 
     def _new(self, value: Callable[[], Any], dtype: str, near: Any, **arguments: Any) -> Any:
-        if tf.inside_function() and not _is_ordered():
+        if tf.inside_function() and not is_ordered():
             # `tf.compat.v1.wrap_function` knows variables by their names.
             arguments["name"] = f"{arguments.get('name', 'state')}_{next(_made)}"
         # State outlives the function that is traced.
@@ -383,8 +383,8 @@ class TensorFlow(Functional):
             run = self._run_on_replicas
         elif tf.executing_eagerly():
             run = self._run_eagerly
-        elif _is_ordered():
-            run = self.run_here
+        elif is_ordered():
+            run = self._run_in_function
         else:
             run = self._run_as_operation
         self.note_counts(run(advance, selection, gradients, rate, step))
@@ -454,7 +454,7 @@ class TensorFlow(Functional):
     def _run_on_replicas(
         self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
     ) -> dict[int, Any]:
-        run = self.run_here if _is_ordered() else self._run_spelled_out
+        run = self.run_here if is_ordered() else self._run_spelled_out
 
         # What reads and writes a variable here, once a replica, does so on that replica's own.
         def here(_: Any, gradients: Any, rate: Any) -> dict[int, Any]:
@@ -468,6 +468,16 @@ class TensorFlow(Functional):
         counts = merge(on_each, self._strategy, gradients, rate)
         local = self._strategy.experimental_local_results
         return {key: local(count)[0] for key, count in counts.items()}
+
+    def _run_in_function(
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
+    ) -> dict[int, Any]:
+        """A step in the middle of a user's function."""
+        arguments = advance, selection, gradients, rate, step
+        if self.fast is None or not self.fast.takes(selection, step):
+            return self.run_here(*arguments)
+        counts: dict[int, Any] = self.fast.run_in_function(*arguments)
+        return counts
 
     def _run_as_operation(
         self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
@@ -508,7 +518,7 @@ class TensorFlow(Functional):
 
     def check_run(self) -> None:
         # Without the private name, functions are taken for what they mostly are.
-        if not _is_ordered(otherwise=tf.inside_function()):
+        if not is_ordered(otherwise=tf.inside_function()):
             raise RuntimeError(
                 "In this graph only what something depends on is run, and this returns nothing to "
                 "depend on. Use what `apply_gradients` or `minimize` returns, or build the graph "
@@ -519,6 +529,13 @@ class TensorFlow(Functional):
         self, condition: Any, yes: Callable[..., Any], no: Callable[..., Any], values: list[Any]
     ) -> list[Any]:
         return list(tf.cond(condition, lambda: yes(values), lambda: no(values)))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        if self.fast is not None:
+            self.fast.check_aside()
+        with super().aside():
+            yield
 
     def branch(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
         if not tf.is_symbolic_tensor(condition):
@@ -616,7 +633,7 @@ def _is_real(dtype: Any) -> bool:
     return bool(dtype.is_floating or dtype.is_integer) and not dtype.is_quantized
 
 
-def _is_ordered(otherwise: bool = False) -> bool:
+def is_ordered(otherwise: bool = False) -> bool:
     """Whether what is stored here is stored in order, and though nothing depends on it: eagerly,
     and in what tf.function traces. Not in a graph of TensorFlow 1, nor in the branches and loops
     of one, nor in a function of `tf.compat.v1.wrap_function`.

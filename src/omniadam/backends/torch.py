@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import setitem
 from typing import Any, ClassVar
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from .. import options, versions
+from .. import fast, options, versions
 from ..kernels import cpu, layout
-from ..kernels.cpu import SparseRows
+from ..kernels.cpu import SparseRows, Team
 from ..kernels.layout import Operand
 from ..rule import Pass
 from ..sparse import IndexedSlices
+from ..tuned import HUGE
 from .base import (
     HALVES,
     Backend,
@@ -117,7 +119,7 @@ class Torch(Backend):
         return FastTorch()
 
     @classmethod
-    def kind_for(cls, variables: Sequence[Any]) -> type[Backend]:
+    def kind_for(cls, variables: Sequence[Any]) -> type[Torch]:
         return TorchMemory if all(map(_is_on_host, variables)) else TorchDevice
 
     def name_of(self, variable: Tensor) -> None:
@@ -174,9 +176,8 @@ class Torch(Backend):
             )
 
     def zeros(self, entry: Entry, dtype: str) -> Tensor:
-        # A slot is an ordinary tensor, whatever the context or the variable it is made for.
-        with torch.inference_mode(False), torch.no_grad():
-            return torch.zeros_like(entry.variable, dtype=_BY_NAME[dtype], requires_grad=False)
+        with making_state():
+            return zeros_like(entry.variable, _BY_NAME[dtype])
 
     def create(self, value: Array) -> Tensor:
         with torch.inference_mode(False):
@@ -336,6 +337,23 @@ def _check_loss(value: Any, grad_loss: Any) -> None:
         )
 
 
+@contextmanager
+def making_state() -> Iterator[None]:
+    """In which tensors that are made are ordinary ones, whatever the context."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def zeros_like(variable: Tensor, dtype: torch.dtype) -> Tensor:
+    """A slot, whatever the variable it is made for."""
+    slot = torch.empty_like(variable, dtype=dtype, requires_grad=False)
+    if slot.numel() * slot.element_size() >= HUGE and fast.is_enabled() and _is_on_host(slot):
+        from ..fast.torch import prefer_huge_pages
+
+        prefer_huge_pages(slot)
+    return slot.zero_()
+
+
 def _recording(variable: Tensor) -> Tensor:
     """The same memory as a leaf that records gradients."""
     if variable.is_inference():
@@ -408,6 +426,9 @@ def _array_over(tensor: Tensor, dtype: Any) -> Array:
     return np.ndarray(tuple(tensor.shape), dtype, memory, 0, strides)
 
 
+_HELPERS = Team(torch.get_num_threads)
+
+
 class TorchMemory(Torch, HostMemory):
     """Tensors on the CPU."""
 
@@ -440,8 +461,10 @@ class TorchMemory(Torch, HostMemory):
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values.detach()
         return tensor.to(_BY_NAME[entry.slot_dtype])
 
-    def threads(self) -> int:
-        return cpu.threads(torch.get_num_threads())
+    @property
+    def team(self) -> Team:
+        own = None if self.fast is None else self.fast.team()
+        return _HELPERS if own is None else own
 
     def describe(self, variable: Any, name: str) -> Entry:
         entry = super().describe(variable, name)

@@ -44,6 +44,8 @@ class OlderEngine(AdamEngine):
 
     _exclusive_clips: ClassVar[tuple[str, ...]] = ("clipnorm", "global_clipnorm")
     _value_first: ClassVar[bool] = True
+    # Whether TensorFlow's own operation is what this generation computed.
+    uses_operation: ClassVar[bool] = True
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -52,6 +54,8 @@ class OlderEngine(AdamEngine):
         self.constraints: dict[int, Callable[[Any], Any]] = {}
         # What a pickle or a copy keeps the slots of each variable under.
         self._names_of_slots: list[list[str]] = []
+        # Makes a step by an operation of the library, if it can.
+        self.by_operation: Callable[[Backend, Selection, Any], bool] | None = None
         # Creates a slot under the name that TensorFlow's files know it by.
         self.new_slot: Callable[[Backend, Entry, str, Any], Any] | None = None
 
@@ -109,6 +113,12 @@ class OlderEngine(AdamEngine):
         """The constraint that a variable of TensorFlow came with."""
         assert self._state.backend is not None
         return self._state.backend.describe(entry.key, entry.name).constraint
+
+    def _run(self, backend: Backend, selection: Selection, gradients: Any) -> Any:
+        by_operation = self.by_operation
+        if by_operation is not None and by_operation(backend, selection, gradients):
+            return None
+        return super()._run(backend, selection, gradients)
 
     def _advance(self, selection: Selection, gradients: Any, rate: Any, fixed: Any) -> None:
         if selection.constrained and isinstance(self._state.backend, HostMemory):
@@ -256,4 +266,5 @@ class JointlyClipped(OlderEngine):
 
     _exclusive_clips: ClassVar[tuple[str, ...]] = ()
     _value_first: ClassVar[bool] = False
+    uses_operation: ClassVar[bool] = False
     _clip_factor_of_all: ClassVar[Callable[[Any, Any, Any], Any]] = staticmethod(clip_factor_joint)

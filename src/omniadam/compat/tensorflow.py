@@ -17,8 +17,12 @@ import numpy as np
 import tensorflow as tf
 
 from ..backends import backend_of
-from ..backends.base import Entry
+from ..backends.base import Entry, Latest, Selection
+from ..backends.tensorflow import is_ordered
+from ..rule import Pass
+from ..schedules import is_schedule
 from ..state import host
+from .engine import CHECKS
 
 
 class ScalarVariables:
@@ -50,7 +54,10 @@ class ScalarVariables:
         """What TensorFlow's optimizer creates before its slots, where the variables are."""
         backend: Any = backend_of(variables[0])
         self._strategy = backend.over(variables)._strategy or self._strategy
-        self._optimizer._engine.new_slot = self.slot
+        engine = self._optimizer._engine
+        engine.new_slot = self.slot
+        if engine.uses_operation:
+            engine.by_operation = ByOperation(self._optimizer)
         self.count()
         for name, value in sorted(self._optimizer._hyper.items()):
             if isinstance(value, float) and name != "epsilon":
@@ -158,6 +165,152 @@ class ScalarVariables:
         with tf.control_dependencies([result]):
             return tf.no_op(name=name)
 
+
+class ByOperation:
+    """Plain steps by TensorFlow's own operation: what TensorFlow 2.0 computed, to the bit.
+
+    `ResourceApplyAdam` overwrites a variable and its moments in one pass. Its coefficients are of
+    the variable's type, so that 1 - beta has some four digits in float32, and the numbers they are
+    computed from are float32: this is for who comes from TensorFlow 2.0, and expects its numbers.
+
+    Source: `tensorflow/python/keras/optimizer_v2/adam.py` of TensorFlow 2.0.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._functions = Latest(_KEPT)
+
+    def __reduce__(self) -> Any:
+        return ByOperation, (self._optimizer,)
+
+    def __call__(self, backend: Any, selection: Selection, gradients: list[Any]) -> bool:
+        """Make a step, if it is plain and the operation is there; else say no."""
+        engine = self._optimizer._engine
+        if not self._fits(backend, selection):
+            return False
+        if is_ordered() and not tf.executing_eagerly():
+            count = self._apply(selection, gradients, self._given(None))
+        elif not tf.executing_eagerly():
+            # Whoever asks for the count has the whole of the step.
+            function = tf.function(partial(self._apply, selection), autograph=False)
+            count = function(gradients, self._given(None))
+        else:
+            count = self._run(backend, selection, gradients)
+        backend.note_counts({id(engine._state.iteration): count})
+        return True
+
+    def _fits(self, backend: Any, selection: Selection) -> bool:
+        engine = self._optimizer._engine
+        kinds = {entry.dtype for entry in selection.entries}
+        return (
+            engine._passes_with(engine._clips()).step == _PLAIN
+            and not selection.constrained
+            and kinds <= {"float32", "float64"}
+            and _has_operation(backend, selection)
+        )
+
+    def _run(self, backend: Any, selection: Selection, gradients: list[Any]) -> Any:
+        """Eagerly, as one function."""
+        engine = self._optimizer._engine
+        hyper = self._optimizer._hyper
+        names = tuple(name for name, value in hyper.items() if not isinstance(value, float))
+        function = self._functions.found(
+            (id(selection), names),  # which the function keeps: its slots may be replaced
+            lambda: tf.function(partial(self._apply, selection), autograph=False),
+        )
+        while True:
+            calls = backend.calls(engine._state.iteration)
+            # TensorFlow rounds all but epsilon to float32 before anything else.
+            given = {n: tf.cast(v, tf.float64) for n, v in self._given(calls).items()}
+            for name in ("decay", "epsilon"):  # which are no variables, and may be set at any time
+                if name not in given:
+                    dtype = tf.float64 if name == "epsilon" else tf.float32
+                    given[name] = tf.constant(hyper[name], dtype)
+            with backend.step_in_turn():
+                if backend.value(engine._state.iteration) == calls:
+                    return function(gradients, given)
+
+    def _given(self, calls: Any) -> dict[str, Any]:
+        """What callables and tensors are now, and a schedule if it is known for which step."""
+        engine = self._optimizer._engine
+        given = {}
+        for name, value in self._optimizer._hyper.items():
+            if is_schedule(value):
+                if calls is not None:
+                    given[name] = engine._scheduled(calls)
+            elif isinstance(value, float):
+                continue
+            elif name == "learning_rate":
+                given[name] = engine._state.backend.rate(engine._rate_function())
+            else:
+                given[name] = engine._now(name, CHECKS[name])
+        return given
+
+    def _apply(self, selection: Selection, gradients: list[Any], given: dict[str, Any]) -> Any:
+        """The operations of a step; the count after it."""
+        iteration = self._optimizer._engine._state.iteration
+        coefficients: dict[Any, dict[str, Any]] = {}
+        updates = []
+        # If computing a gradient is an error, nothing is updated.
+        with tf.control_dependencies(gradients):
+            calls = iteration.read_value()
+            for entry, gradient in zip(selection.entries, gradients, strict=True):
+                gradient = tf.cast(gradient, entry.dtype)
+                dtype = gradient.dtype
+                if dtype not in coefficients:
+                    coefficients[dtype] = self._coefficients(dtype, calls, given)
+                handles = [each.handle for each in (entry.variable, *entry.slots)]
+                operation = tf.raw_ops.ResourceApplyAdam
+                if len(handles) == 4:
+                    operation = tf.raw_ops.ResourceApplyAdamWithAmsgrad
+                named = dict(zip(("var", "m", "v", "vhat"), handles, strict=False))
+                updates.append(operation(**named, **coefficients[dtype], grad=gradient))
+        with tf.control_dependencies(updates):
+            iteration.assign_add(1, read_value=False)
+            return iteration.read_value()
+
+    def _coefficients(self, dtype: Any, calls: Any, given: dict[str, Any]) -> dict[str, Any]:
+        optimizer = self._optimizer
+
+        def now(name: str) -> Any:
+            value = optimizer._hyper[name]
+            if name in given:
+                return tf.cast(given[name], dtype)
+            if is_schedule(value):
+                return tf.cast(optimizer._engine._scheduled(calls), dtype)
+            if name == "epsilon":  # which TensorFlow keeps as it is
+                return tf.constant(value, dtype)
+            if name == "decay":
+                return tf.cast(value, dtype)  # by way of float32
+            return tf.cast(optimizer._scalars.number(name), dtype)
+
+        step, rate = tf.cast(calls + 1, dtype), now("learning_rate")
+        beta_1, beta_2 = now("beta_1"), now("beta_2")
+        return {
+            "beta1_power": tf.pow(beta_1, step),
+            "beta2_power": tf.pow(beta_2, step),
+            "lr": rate / (1.0 + now("decay") * tf.cast(calls, dtype)),
+            "beta1": beta_1,
+            "beta2": beta_2,
+            "epsilon": now("epsilon"),
+        }
+
+
+def _has_operation(backend: Any, selection: Selection) -> bool:
+    held = [each for e in selection.entries for each in (e.variable, *e.slots)]
+    if backend._strategy is not None or not all(hasattr(each, "handle") for each in held):
+        return False
+    if len(selection.entries[0].slots) < 3 or tf.executing_eagerly():
+        return True
+    # XLA does not know the one of AMSGrad.
+    if backend.fast is None:
+        return False
+    return backend.fast.is_by_xla() is False
+
+
+_PLAIN = Pass(gradient=True, updates=True)
+# How many sets of variables have a function of their own.
+_KEPT = 16
 
 # TensorFlow's names for what the engine calls its slots.
 _SLOTS = {"momentum": "m", "velocity": "v", "velocity_hat": "vhat"}

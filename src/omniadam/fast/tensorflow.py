@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -37,7 +38,7 @@ from ..tuned import LANES, PART
 # How many steps a selection keeps compiled, by what the settings make of a step.
 _KEPT = 16
 # How a step is traced as a program: in one part, or in parts that XLA compiles one by one.
-_WHOLE, _IN_PARTS = "whole", "in parts"
+_WHOLE, _IN_PARTS, _WITHIN = "whole", "in parts", "whole, within a user's function"
 # Whether what is traced now as part of an eager step is compiled by XLA; None if it is no part.
 _by_xla: ContextVar[bool | None] = ContextVar("omniadam_by_xla", default=None)
 
@@ -80,6 +81,60 @@ class FastTensorFlow(Fast):
         )
         counts: dict[int, Any] = program(gradients, rate, step.numbers)
         return counts
+
+    # --- a step in a user's function ---
+
+    def is_by_xla(self) -> bool | None:
+        """Whether XLA compiles what is traced now; None if that cannot be told."""
+        return is_by_xla()
+
+    def takes(self, selection: Selection, step: Any) -> bool:
+        """Whether XLA is to compile a step that is traced in a user's function, which it does not
+        compile: of variables on the host, and without functions of the user's in its middle.
+        """
+        return (
+            self.jit_compile
+            and step.update is None
+            and not selection.constrained
+            and is_by_xla() is False
+            and _are_on_host((*selection.entries, *selection.rest))
+            and is_xla_there()
+        )
+
+    def run_in_function(
+        self, advance: Advance, selection: Selection, gradients: Any, rate: Any, step: Any
+    ) -> dict[int, Any]:
+        """Such a step; the counters after it."""
+        arguments = advance, selection, gradients, rate, step
+        # If computing a gradient is an error, nothing is to be stored.
+        with tf.control_dependencies(gradients):
+            if len(_parts((*selection.entries, *selection.rest))) == 1:
+                with suppress(NotOurs):
+                    return self._run_within(arguments)
+            counts: dict[int, Any] = self._backend.run_here(*arguments, _IN_PARTS)
+        return counts
+
+    def _run_within(self, arguments: tuple[Advance, Selection, Any, Any, Any]) -> dict[int, Any]:
+        keys: list[int] = []
+
+        def omniadam_step() -> list[Any]:
+            token = _by_xla.set(True)
+            try:
+                counts = self._backend.run_here(*arguments, _WITHIN)
+            finally:
+                _by_xla.reset(token)
+            keys[:] = counts
+            return list(counts.values())
+
+        compiled = tf.function(omniadam_step, autograph=False, jit_compile=True)
+        return dict(zip(keys, compiled(), strict=True))
+
+    def check_aside(self) -> None:
+        """Raise NotOurs where a function of the user's would be compiled by XLA, which may not be
+        able to: nobody would know before the program runs.
+        """
+        if self._backend.how == _WITHIN:
+            raise NotOurs
 
     # --- a step that XLA compiles in parts ---
 
@@ -137,11 +192,11 @@ class FastTensorFlow(Fast):
         precision where that loses anything.
         """
         exactly = partial(_in_double, applied)
-        is_by_xla = _is_by_xla()
-        if is_by_xla is None:
+        compiles = is_by_xla()
+        if compiles is None:
             sums = exactly()
         else:
-            sum_of_squares = _sum_by_halves if is_by_xla else _sum_by_eigen
+            sum_of_squares = _sum_by_halves if compiles else _sum_by_eigen
             sums = tf.stack([tf.cast(sum_of_squares(g), tf.float64) for g in applied])
             # Squares of float32 overflow at 1e19, and lose digits below 1e-16: seldom.
             least = [_least(g) for g in applied]
@@ -154,7 +209,7 @@ class FastTensorFlow(Fast):
         return list(tf.unstack(sums, num=len(applied)))
 
 
-def _is_by_xla() -> bool | None:
+def is_by_xla() -> bool | None:
     """Whether XLA compiles what is traced now; None if that cannot be told."""
     own = _by_xla.get()
     if own is not None:
@@ -273,8 +328,7 @@ class TensorFlowStep:
             self._signature.append(tf.TensorSpec((), tf.float64))
         self._is_jit = is_jit
         entries = (*selection.entries, *selection.rest)
-        on_host = all("CPU" in entry.variable.device for entry in entries)
-        self._is_large = len(_parts(entries)) > 1 and on_host
+        self._is_large = len(_parts(entries)) > 1 and _are_on_host(entries)
         self._is_proven = False
         self._compiled = self._compile(
             numbers_are_given=not all(isinstance(x, float) for x in self._numbers)
@@ -361,6 +415,10 @@ class Compiled(NamedTuple):
     function: Any  # keeps what is called alive
 
 
+def _are_on_host(entries: Sequence[Entry]) -> bool:
+    return all("CPU" in entry.variable.device for entry in entries)
+
+
 def _parts(entries: Sequence[Entry]) -> list[list[int]]:
     """Positions of entries, in parts of at least so many elements."""
     parts: list[list[int]] = [[]]
@@ -430,6 +488,17 @@ def looks_of_tensors() -> Looks:
     except Exception:
         return public
     return private if is_right else public
+
+
+@cache
+def is_xla_there() -> bool:
+    """Whether a function can be compiled by XLA on the host: a build of TensorFlow may lack it."""
+    try:
+        with tf.init_scope(), tf.device("CPU"):
+            one = tf.constant(1.0)
+            return float(tf.function(lambda: one + one, autograph=False, jit_compile=True)()) == 2.0
+    except Exception:  # whatever a build may say
+        return False
 
 
 @cache

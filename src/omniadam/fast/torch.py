@@ -6,6 +6,8 @@ Private names of torch: `torch._C._dynamo.guards.TensorGuards`, which is tried o
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from array import array
 from bisect import bisect_left
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from torch.optim import optimizer
 
 from ..backends.base import Entry, Fast, Selection
 from ..backends.host import Gradients
+from ..kernels.cpu import Team
+from . import openmp
 
 
 class FastTorch(Fast):
@@ -67,6 +71,10 @@ class FastTorch(Fast):
         """Note that these are as they were built."""
         self._built = Placed(entries)
 
+    def team(self) -> Team | None:
+        """The threads that torch computes with, if they can be asked."""
+        return openmp.team()
+
     def hide_from_compiler(self) -> None:
         """Let torch.compile call a step, if it is imported by now."""
         if "torch._dynamo" in sys.modules:
@@ -78,6 +86,31 @@ def _hide_from_compiler() -> None:
     """Let torch.compile call a step, not trace it: it would meet pointers, and compile in vain."""
     with suppress(Exception):  # it is no public interface; steps are right without it, too
         sys.modules["torch._dynamo"].trace_rules.add(__name__.partition(".")[0])
+
+
+def prefer_huge_pages(tensor: Tensor) -> None:
+    """Have memory that nobody has written to in huge pages, as NumPy has its own.
+
+    A step reads and writes the state from one end to the other: with pages of 4 KiB it waits for
+    the processor to look up where they are.
+    """
+    advise, page = _madvise(), mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    stop = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if advise is not None and stop > start:
+        advise(start, stop - start, mmap.MADV_HUGEPAGE)  # what is refused changes nothing
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux
+        return None
+    try:
+        found = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError):
+        return None
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return cast(Callable[[int, int, int], int], found)
 
 
 def is_observed(stepping: Any) -> bool:

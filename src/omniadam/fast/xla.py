@@ -204,7 +204,7 @@ def _build_task() -> Any:
 
     def task(job: int) -> Any:
         j = view(to_pointer(job, int64), (_WORDS,))
-        return call_kernel(j[_KERNEL], job + 8 * cpu._IGNORED, job)
+        return call_kernel(j[_KERNEL], job + 8 * cpu.IGNORED, job)
 
     return task
 

@@ -47,16 +47,17 @@ ARITHMETIC = {
     "bfloat16": "float32",
 }
 
-# No flag that assumes NaN or infinity away: a NaN gradient must stay one. A sum of squares may be
-# reordered, which vectorises it; the order is then fixed in the machine code.
-_ELEMENTWISE = frozenset({"contract", "nsz"})
-_REDUCING = frozenset({"contract", "nsz", "reassoc"})
+# No flag: every operation is rounded as it is written, so that a rule gives the same bits wherever
+# it is compiled, and a NaN stays one. A sum of squares may be reordered, which vectorises it; the
+# order is then fixed in the machine code.
+_ELEMENTWISE = frozenset[str]()
+_REDUCING = frozenset({"reassoc"})
 PASS_C, _ZERO = len(PassCoefficients._fields), PassCoefficients._fields.index("zero")
 
 # The words of a job, a small array of int64 that a kernel is given the address of.
 _ADDRESSES, _GRADIENTS, _CHUNKS, _COUNT, _FACTORS, _COEFFICIENTS, _PARTIALS = range(7)
-_NEXT, _DONE, _RESULT, _IGNORED = 7, 8, 9, 10
-_WORDS = 11
+_NEXT, _DONE, _RESULT, IGNORED, KERNEL = 7, 8, 9, 10, 11
+_WORDS = 12
 
 Int64s = npt.NDArray[np.int64]
 
@@ -362,7 +363,7 @@ class _Helpers:
         """Calls that let so many helpers take chunks of a job."""
         address, _ = job.buffer_info()
         # What a step waits for is written by its own thread alone.
-        task = kernel, (address + 8 * _IGNORED, 0, address), job
+        task = kernel, (address + 8 * IGNORED, 0, address), job
         return [(self._queue.put, task)] * self.started(count)
 
     def result(self, action: Callable[[], Any]) -> Any:
@@ -477,8 +478,12 @@ class Work:
             self.calls += _helpers.wakers(helpers, kernel, job)
             self._jobs = [*self._jobs, (kernel, job)]
         address, _ = job.buffer_info()
-        self.calls.append((kernel, address + 8 * _RESULT, 0, address))
-        self._held.append((job, held))
+        self.add_call((kernel, address + 8 * _RESULT, 0, address), job, held)
+
+    def add_call(self, call: tuple[Any, ...], *held: Any) -> None:
+        """Add a call of a function in C, and what must live until it is done."""
+        self.calls.append(call)
+        self._held.append(held)
 
     def whole(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """What an action returns that ends in `do`; it is not interrupted once it has begun that.
@@ -509,6 +514,35 @@ def _finish(kernel: jit.Kernel, job: array[int]) -> None:
         kernel(address + 8 * _RESULT, 0, address)
 
     _until(lambda: job[_RESULT] >= job[_COUNT], look)
+
+
+class Team:
+    """The threads that share large work: the one that has it to do, and helpers.
+
+    Args:
+        most: how many threads there may be, if a library says so; asked at each step.
+    """
+
+    def __init__(self, most: Callable[[], int | None] = lambda: None) -> None:
+        self._most = most
+
+    @property
+    def smallest(self) -> int:
+        """Elements in a step, below which one thread does it."""
+        return PARALLEL
+
+    def size(self) -> int:
+        """How many threads there are now."""
+        return threads(self._most())
+
+    def add_to(
+        self, work: Work, kernel: jit.Kernel, job: array[int], size: int, held: tuple[Any, ...]
+    ) -> None:
+        """Add all chunks of a job, for so many threads; what is held lives until they are done."""
+        work.add_kernel(kernel, job, size - 1, held)
+
+
+HELPERS = Team()
 
 
 class SparseRows(NamedTuple):
@@ -601,7 +635,7 @@ class Sweep:
             and its average, 0 where `kind` has no use for one.
         sizes: in elements, one a variable.
         sparse: the rows of the gradient, for a single variable whose gradient is sparse.
-        threads: how many threads may share the work, if there is much; asked at each run.
+        team: who shares the work, if there is much.
     """
 
     def __init__(
@@ -613,10 +647,10 @@ class Sweep:
         addresses: Sequence[Sequence[int]],
         sizes: Sequence[int],
         sparse: SparseRows | None = None,
-        threads: Callable[[], int] = threads,
+        team: Team = HELPERS,
     ) -> None:
         self._of = kind, rule, dtype, gradient_dtype
-        self._threads = threads
+        self._team = team
         self._elements = sum(sizes)
         self._chunks = _sparse_chunks(sizes[0], sparse) if sparse else _dense_chunks(sizes)
         self._addresses = np.array(addresses, np.int64)
@@ -645,10 +679,6 @@ class Sweep:
         job[_COEFFICIENTS] = coefficients.buffer_info()[0]
         return job
 
-    def _helper_count(self) -> int:
-        """How many threads share large work, beside the one that has it to do."""
-        return min(self._threads(), len(self._chunks)) - 1
-
     def add_to(
         self,
         work: Work,
@@ -675,8 +705,11 @@ class Sweep:
             partials = array("d", bytes(8 * len(self._chunks) * measured))
             job[_PARTIALS] = partials.buffer_info()[0]
         held = self, gradients, factors, coefficients, partials
-        helpers = 0 if self._elements < PARALLEL else self._helper_count()
-        work.add_kernel(self._kernel, job, helpers, held)
+        team = self._team
+        if self._elements < team.smallest or (size := min(team.size(), len(self._chunks))) < 2:
+            work.add_kernel(self._kernel, job, 0, held)
+        else:
+            team.add_to(work, self._kernel, job, size, held)
         return partial(self._sums, partials, measured) if measured else _nothing_measured
 
     def _sums(self, partials: array[float], measured: int) -> list[tuple[float, ...]]:

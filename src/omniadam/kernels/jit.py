@@ -152,6 +152,34 @@ def _load(code: bytes, prototype: Any) -> Kernel:
     return function
 
 
+def assembled(body: Callable[[Any, Any], Any]) -> int:
+    """The address of a C function of one word, written by hand in LLVM's intermediate form.
+
+    Args:
+        body: is given llvmlite's builder and the word.
+    """
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+
+    module, word = ir.Module(), ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word]), _SYMBOL)
+    builder = ir.IRBuilder(function.append_basic_block())
+    body(builder, function.args[0])
+    builder.ret_void()
+    _target()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), _machine())
+    engine.finalize_object()
+    _keep.append(engine)
+    return int(engine.get_function_address(_SYMBOL))
+
+
+def address_of(kernel: Kernel) -> int:
+    """Where its machine code begins."""
+    found = ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
 def _folders() -> Iterator[Path]:
     """Where machine code may be kept, best first: it must be ours alone, since it is executed."""
     if chosen := os.environ.get("OMNIADAM_CACHE_DIR"):

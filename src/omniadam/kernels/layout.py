@@ -20,7 +20,7 @@ from .. import rule as arithmetic
 from ..rule import MEASURES, Pass, Rule
 from ..tuned import BUFFERED, BUFFERED_ON_NUMPY, CHUNK
 from . import cpu
-from .cpu import PASS_C, SparseRows, Sums, Sweep, Work
+from .cpu import HELPERS, PASS_C, SparseRows, Sums, Sweep, Team, Work
 
 Array = npt.NDArray[Any]
 
@@ -86,7 +86,7 @@ class Plan:
         rule: Rule,
         operands: Sequence[Operand],
         decayed: Sequence[bool],
-        threads: Callable[[], int] = cpu.threads,
+        team: Team = HELPERS,
     ) -> None:
         groups: dict[tuple[str, bool], list[int]] = {}
         for i, (operand, is_decayed) in enumerate(zip(operands, decayed, strict=True)):
@@ -101,7 +101,7 @@ class Plan:
                     dtype,
                     [_addresses(operands[i].streams(kind)) for i in indices],
                     [operands[i].variable.size for i in indices],
-                    threads=threads,
+                    team=team,
                 ),
             )
             for (dtype, is_decayed), indices in groups.items()
@@ -176,10 +176,10 @@ class Odd:
         operand: Operand,
         gradient: Array | SparseRows | None,
         gradient_dtype: str,
-        threads: Callable[[], int] = cpu.threads,
+        team: Team = HELPERS,
     ) -> None:
         self._kind, self._rule, self._operand = kind, rule, operand
-        self._threads = threads
+        self._team = team
         self._gradient_dtype = gradient_dtype
         self._compiled = cpu.available()
         self._sparse = gradient if isinstance(gradient, SparseRows) else None
@@ -202,7 +202,7 @@ class Odd:
             [_addresses(streams)],
             [size],
             sparse,
-            self._threads,
+            self._team,
         )
 
     def _pieces(self) -> Iterator[tuple[list[Array | None], Array | None]]:
