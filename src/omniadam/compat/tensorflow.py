@@ -284,6 +284,7 @@ class ByOperation:
                 return tf.cast(value, dtype)  # by way of float32
             return tf.cast(optimizer._scalars.number(name), dtype)
 
+        # Not rule.py's arithmetic: TensorFlow's, in its types and its order, for its bits.
         step, rate = tf.cast(calls + 1, dtype), now("learning_rate")
         beta_1, beta_2 = now("beta_1"), now("beta_2")
         return {

@@ -214,17 +214,12 @@ def _compiled(build: Any) -> jit.Kernel:
     return jit.compiled(build, build.__name__, sources, frozenset())
 
 
-def _address_of(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
 @cache
 def _entry(build: Any, *further: int) -> int:
     """The address of a kernel as C calls it: with its argument alone, returning its result.
 
     With `further` words the kernel takes the address of an array of the argument and these.
     """
-    import llvmlite.binding as llvm
     from llvmlite import ir
 
     word, status = ir.IntType(64), ir.IntType(32)
@@ -238,13 +233,10 @@ def _entry(build: Any, *further: int) -> int:
             builder.store(each, builder.gep(words, [word(i)]))
         argument = builder.ptrtoint(words, word)
     kernel = ir.FunctionType(status, [word, word, word]).as_pointer()
-    target = builder.inttoptr(word(_address_of(_compiled(build))), kernel)
+    target = builder.inttoptr(word(jit.address_of(_compiled(build))), kernel)
     builder.call(target, [builder.ptrtoint(result, word), word(0), argument])
     builder.ret(builder.load(result))
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), jit._machine())
-    engine.finalize_object()
-    jit._keep.append(engine)
-    return int(engine.get_function_address("entry"))
+    return jit.linked(module, "entry")
 
 
 # The last job that was made, and the arguments of an error: `XLA_FFI_Error_Create_Args`.
@@ -267,7 +259,7 @@ def handler() -> int:
 @cache
 def _yield() -> int:
     try:
-        return _address_of(ctypes.CDLL(None).sched_yield)
+        return jit.address_of(ctypes.CDLL(None).sched_yield)
     except (AttributeError, OSError, TypeError):  # it waits without then
         return 0
 
@@ -347,7 +339,7 @@ class Job:
         words[cpu._COEFFICIENTS] = at
         words[cpu._FACTORS] = at + 8 * fixed
         words[cpu._PARTIALS] = self._partials.ctypes.data
-        words[_KERNEL], words[_TASK] = _address_of(kernel), _entry(_build_task)
+        words[_KERNEL], words[_TASK] = jit.address_of(kernel), _entry(_build_task)
         words[_YIELD] = _yield()
         words[_PLACES], words[_COUNT_OF_PLACES] = self._places.ctypes.data, len(places)
         words[_COEFFICIENTS] = at

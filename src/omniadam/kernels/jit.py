@@ -158,7 +158,6 @@ def assembled(body: Callable[[Any, Any], Any]) -> int:
     Args:
         body: is given llvmlite's builder and the word.
     """
-    import llvmlite.binding as llvm
     from llvmlite import ir
 
     module, word = ir.Module(), ir.IntType(64)
@@ -166,18 +165,23 @@ def assembled(body: Callable[[Any, Any], Any]) -> int:
     builder = ir.IRBuilder(function.append_basic_block())
     body(builder, function.args[0])
     builder.ret_void()
+    return linked(module, _SYMBOL)
+
+
+def linked(module: Any, name: str) -> int:
+    """The address of a function of a module of llvmlite's; its code is never freed."""
+    import llvmlite.binding as llvm
+
     _target()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), _machine())
     engine.finalize_object()
     _keep.append(engine)
-    return int(engine.get_function_address(_SYMBOL))
+    return int(engine.get_function_address(name))
 
 
-def address_of(kernel: Kernel) -> int:
-    """Where its machine code begins."""
-    found = ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
-    assert found is not None
-    return found
+def address_of(function: Any) -> int:
+    """Where the machine code of a function of ctypes begins."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _folders() -> Iterator[Path]:
