@@ -91,9 +91,9 @@ def cell(result: dict[str, Any]) -> str:
     ratio = result["theirs"] / result["ours"]
     low, high = result["spread"]
     spread = f"({low:.2f} to {high:.2f})"
-    if ratio >= 1.03:
-        return f"**{ratio:.2f}× faster** {spread}"
-    return f"{1 / ratio:.2f}× slower {spread}" if ratio <= 0.97 else f"level {spread}"
+    if round(low, 2) <= 1.0 <= round(high, 2) or 0.97 < ratio < 1.03:
+        return f"level {spread}"
+    return f"**{ratio:.2f}× faster** {spread}" if ratio > 1 else f"{1 / ratio:.2f}× slower {spread}"
 
 
 def milliseconds(seconds: float) -> str:
