@@ -213,12 +213,13 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        # What is being compiled calls a step and does not trace it. To say so takes as long as all
+        # checks of a small step, and is left out elsewhere.
+        (self._untraced_step if torch.compiler.is_compiling() else self._step)()
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_closed_step)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
         # Steps follow one another, whichever threads make them. A closure runs outside of it.
         with self._turn():
@@ -231,6 +232,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                     for name in ("found_inf", "grad_scale"):
                         self.__dict__.pop(name, None)
                 raise
+
+    _untraced_step = torch.compiler.disable(_step)
 
     def _turn(self) -> Any:
         """The lock of whoever writes to the parameters."""
@@ -760,10 +763,12 @@ class _Bucket:
         with making_state():
             for k, p in enumerate(self.params):
                 key, entry = None, None
-                if not self.is_absent or state.get(p):
-                    entry = _entry(p, names[id(p)], state, group, self._names, replaced)
-                    kind = _kind_for([entry.variable])
-                    key = kind, entry.slot_dtype, _count(state[p]["step"])
+                held = state.get(p)
+                if not self.is_absent or held:
+                    is_new = not held
+                    entry, kind = _entry(p, names[id(p)], state, group, self._names, replaced)
+                    count = 0.0 if is_new else _count(state[p]["step"])
+                    key = kind, entry.slot_dtype, count
                 indices, entries = parts.setdefault(key, ([], []))
                 indices.append(k)
                 entries += [] if entry is None else [entry]
@@ -796,10 +801,12 @@ class _Bucket:
         self._variables = [entry.variable for entry in entries]
         self._backend: Any = _kind_for(self._variables)()
         self._selection = Selection(tuple(entries), ())
+        if isinstance(self._backend, TorchMemory) and self._backend.fast is not None:
+            self._backend.fast.note_built(self._selection.entries)  # they were described just now
         self._idle = Selection((), tuple(entries))
 
     def _reached(self) -> list[Tensor]:
-        return [*self.params, *(slot for each in map(self._slots, self._states) for slot in each)]
+        return [*self.params, *chain.from_iterable(map(self._slots, self._states))]
 
     def _placed(self) -> list[tuple[Any, ...]]:
         # Of plain tensors the backend sees it; of others it sees only what was taken out of them.
@@ -999,21 +1006,24 @@ def _entry(
     group: Mapping[str, Any],
     known: Sequence[str],
     replaced: list[Replaced],
-) -> Entry:
-    """A parameter with its state, which is created, or brought into the form that a step needs.
+) -> tuple[Entry, type[Torch]]:
+    """A parameter with its state, which is created, or brought into the form that a step needs,
+    and the kind of backend that steps it.
 
     `known` are the names of what the last step kept, if there was one: that may not be missing.
     """
     variable = sharded.inner(p)
-    entry = _describing(_kind_for([variable])).describe(variable, name)
+    kind = _kind_for([variable])
+    entry = _describing(kind).describe(variable, name)
     names, held = _slot_names(group), state[p]
-    _check_complete(held, (*_OWN, *known), name)
+    if held != {}:
+        _check_complete(held, (*_OWN, *known), name)
     replaced.append((held, dict(held)))
     held |= {key: _slot(key, held.get(key), p, name, group) for key in names}
     entry.slots = tuple(sharded.inner(held[key]) for key in names[1:] if key != "average")
     if group.get("use_ema"):
         entry.average = sharded.inner(held["average"])
-    return entry
+    return entry, kind
 
 
 def _check_complete(held: Any, names: Iterable[str], name: str) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import options
-from ..kernels import layout
-from ..kernels.cpu import HELPERS, STORAGE, SparseRows, Team, Work
-from ..kernels.layout import Odd, Operand, Plan, in_order
+from ..kernels import cpu, layout
+from ..kernels.cpu import HELPERS, SparseRows, Team, Work
+from ..kernels.layout import Odd, Operand, Plan, Region, in_order
 from ..rule import Pass, Rule, make_element, make_gradient
 from .base import Advance, Backend, Entry, Group, Latest, Overtaken, Selection, Stateless, Sums
 
@@ -88,7 +88,8 @@ class Located:
     Another thread may be in the middle of a step with one that was made before.
     """
 
-    places: list[Any]  # address, shape, strides and dtype of each
+    places: list[Any]  # the region and the dtype of each
+    held: list[Any]  # those whose regions these are
     memory: list[tuple[int, int]]  # the spans that a step writes to, in order
     operands: list[Operand]
     compiled: list[bool]  # whether kernels take an operand as it lies in memory
@@ -140,16 +141,16 @@ class HostMemory(Backend):
     elementwise: ClassVar[Any] = Elementwise
     arrays: ClassVar[Any] = layout.OnNumPy
 
-    def view(self, variable: Any) -> Array:
-        """The memory of a variable, slot or gradient as an array."""
+    def region(self, values: Any) -> Region:
+        """Where a variable, slot or gradient lies in memory."""
         raise NotImplementedError
 
     def copied(self, values: Any) -> Any:
         """A variable or gradient in memory of its own."""
         return copy.deepcopy(values)
 
-    def dtype(self, variable: Any) -> str:
-        """What that memory holds: one of FLOATS."""
+    def dtype(self, values: Any) -> str:
+        """What that memory holds: one of FLOATS, of what can be trained."""
         raise NotImplementedError
 
     def floats(self, values: Any, entry: Entry) -> Any:
@@ -164,10 +165,10 @@ class HostMemory(Backend):
     def operand(self, entry: Entry) -> Operand:
         return Operand(
             entry.dtype,
-            self.view(entry.variable),
-            tuple(self.view(slot) for slot in entry.slots),
-            None if entry.accumulator is None else self.view(entry.accumulator),
-            None if entry.average is None else self.view(entry.average),
+            self.region(entry.variable),
+            tuple(map(self.region, entry.slots)),
+            None if entry.accumulator is None else self.region(entry.accumulator),
+            None if entry.average is None else self.region(entry.average),
         )
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
@@ -182,14 +183,15 @@ class HostMemory(Backend):
             if isinstance(gradient, SparseRows):
                 odd[i] = gradient, gradient.values.dtype.name
                 continue
-            values, dtype = self.view(gradient), self.dtype(gradient)
-            if _overlaps(values, written):
+            region, dtype = self.region(gradient), self.dtype(gradient)
+            if _overlaps(region, written):
                 gradients[i] = self.copied(gradient)
-                values = self.view(gradients[i])
-            if compiled[i] and dtype == entry.dtype and layout.lies_like(values, operands[i]):
-                plain[i] = values.ctypes.data
+                region = self.region(gradients[i])
+            variable = operands[i].variable
+            if compiled[i] and dtype == entry.dtype and layout.lies_like(region, variable):
+                plain[i] = region.address
             else:
-                odd[i] = values, dtype
+                odd[i] = region, dtype
         gathered = Gradients(plain, gradients, odd, located)
         if self.fast is not None:
             self.fast.note(selection, gathered)
@@ -204,27 +206,40 @@ class HostMemory(Backend):
         before: Located | None = selection.prepared
         if before is not None and self.is_located(selection):
             return before
-        entries = *selection.entries, *selection.rest
-        Backend.check_built(self, entries)
+        entries = selection.entries + selection.rest
+        self.check_built(entries)
         operands = [self.operand(entry) for entry in entries]
-        places = [
-            (a.ctypes.data, a.shape, a.strides, a.dtype) for o in operands for a in _arrays(o)
-        ]
+        held = [each for entry in entries for each in _written_of(entry)]
+        regions = [region for operand in operands for region in operand.every()]
+        places = [(region, each.dtype) for region, each in zip(regions, held, strict=True)]
         if before is not None and before.places == places:
             return before
-        for entry, operand in zip(entries, operands, strict=True):
-            _check_state(entry, operand)
+        for entry in entries:
+            self._check_state(entry)
         _check_distinct(entries, operands)
-        compiled = [layout.compiled_for(operand, None) for operand in operands]
+        are_compiled = cpu.available()
+        compiled = [are_compiled and layout.is_regular(operand) for operand in operands]
         rest = zip(selection.rest, compiled[len(selection.entries) :], strict=True)
         selection.prepared = located = Located(
             places,
-            _spans(operands),
+            held,
+            _spans(regions),
             operands,
             compiled,
             {i: (None, entry.dtype) for i, (entry, is_) in enumerate(rest) if not is_},
         )
         return located
+
+    def _check_state(self, entry: Entry) -> None:
+        """Raise ValueError if somebody replaced the memory of a slot by some of another form."""
+        for held in _written_of(entry)[1:]:
+            if tuple(held.shape) != entry.shape or self.dtype(held) != entry.slot_dtype:
+                raise ValueError(
+                    f"The optimizer's state for variable '{entry.name}' must stay as it was built, "
+                    f"of shape {entry.shape} and dtype {entry.slot_dtype}. It now has shape "
+                    f"{tuple(held.shape)} and dtype {held.dtype}. Write to state variables in "
+                    "place, or use set_weights()."
+                )
 
     def _plan(
         self, group: Group, located: Located, odd: dict[int, Any]
@@ -303,7 +318,8 @@ class HostMemory(Backend):
         operands = gradients.located.operands
         for operand in operands[len(selection.entries) :]:
             assert operand.accumulator is not None
-            gradients.work.calls.append((operand.accumulator.fill, 0.0))
+            accumulator = operand.accumulator.array(cpu.ARITHMETIC[operand.dtype])
+            gradients.work.calls.append((accumulator.fill, 0.0))
 
     def writing(self, variable: Any, value: int) -> tuple[Any, ...]:
         """A function of C and its arguments: the call writes a number to a state variable."""
@@ -429,13 +445,13 @@ def twin_apply(
 
 def _check_distinct(entries: Sequence[Entry], operands: Iterable[Operand]) -> None:
     check_distinct(
-        (entry, layout.Region(a.ctypes.data, a.shape, a.strides, a.itemsize))
+        (entry, region)
         for entry, operand in zip(entries, operands, strict=True)
-        for a in _arrays(operand)
+        for region in operand.every()
     )
 
 
-def check_distinct(regions: Iterable[tuple[Entry, layout.Region]]) -> None:
+def check_distinct(regions: Iterable[tuple[Entry, Region]]) -> None:
     """Raise ValueError if two of the regions that entries have in one memory overlap."""
     held = list(regions)
     found = layout.overlapping([region for _, region in held])
@@ -448,32 +464,15 @@ def check_distinct(regions: Iterable[tuple[Entry, layout.Region]]) -> None:
         )
 
 
-def _arrays(operand: Operand) -> list[Array]:
-    every = (operand.variable, *operand.slots, operand.accumulator, operand.average)
-    return [values for values in every if values is not None]
+def _written_of(entry: Entry) -> list[Any]:
+    """The variable and its state, in the order of `Operand.every`."""
+    every = (entry.variable, *entry.slots, entry.accumulator, entry.average)
+    return [each for each in every if each is not None]
 
 
-def _check_state(entry: Entry, operand: Operand) -> None:
-    """Raise ValueError if somebody replaced the memory of a slot by some of another form."""
-    stored = np.dtype(STORAGE[entry.slot_dtype])
-    for values in _arrays(operand)[1:]:
-        if (values.shape, values.dtype) != (entry.shape, stored):
-            raise ValueError(
-                f"The optimizer's state for variable '{entry.name}' must stay as it was built, of "
-                f"shape {entry.shape} and dtype {entry.slot_dtype}. It now has shape "
-                f"{values.shape} and dtype {values.dtype}. Write to state variables in place, or "
-                "use set_weights()."
-            )
-
-
-def _spans(operands: Sequence[Operand]) -> list[tuple[int, int]]:
+def _spans(regions: Sequence[Region]) -> list[tuple[int, int]]:
     """The spans of memory that a step writes to, in order, overlaps of spans merged."""
-    spans = [
-        np.lib.array_utils.byte_bounds(values)
-        for operand in operands
-        for values in _arrays(operand)
-        if values.size
-    ]
+    spans = [region.span() for region in regions if 0 not in region.shape]
     merged: list[tuple[int, int]] = []
     for low, high in sorted(spans):
         if merged and low < merged[-1][1]:
@@ -483,9 +482,9 @@ def _spans(operands: Sequence[Operand]) -> list[tuple[int, int]]:
     return merged
 
 
-def _overlaps(values: Array, spans: list[tuple[int, int]]) -> bool:
-    if not values.size:
+def _overlaps(region: Region, spans: list[tuple[int, int]]) -> bool:
+    if 0 in region.shape:
         return False
-    low, high = np.lib.array_utils.byte_bounds(values)
-    i = bisect_left(spans, (high,))  # the spans that begin before the array ends
+    low, high = region.span()
+    i = bisect_left(spans, (high,))  # the spans that begin before the region ends
     return i > 0 and spans[i - 1][1] > low

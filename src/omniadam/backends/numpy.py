@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..kernels import layout
 from ..kernels.cpu import SparseRows
-from ..kernels.layout import Operand
+from ..kernels.layout import Operand, Region
 from ..sparse import IndexedSlices
 from .base import FLOATS, Entry, Fast, received
 from .host import HostMemory
@@ -28,8 +28,8 @@ class NumPy(HostMemory):
 
         return FastNumPy()
 
-    def view(self, variable: Array) -> Array:
-        return layout.stored(variable)
+    def region(self, values: Array) -> Region:
+        return layout.region_of(values)
 
     def operand(self, entry: Entry) -> Operand:
         for held in (*entry.slots, entry.accumulator, entry.average):
@@ -41,8 +41,8 @@ class NumPy(HostMemory):
                 )
         return super().operand(entry)
 
-    def dtype(self, variable: Array) -> str:
-        return variable.dtype.name
+    def dtype(self, values: Array) -> str:
+        return values.dtype.name
 
     def value(self, variable: Array) -> Any:
         return variable.item()  # without a look at the name of its type, which takes longer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from .. import fast, options, versions
-from ..kernels import cpu, layout
+from ..kernels import layout
 from ..kernels.cpu import SparseRows, Team
-from ..kernels.layout import Operand
+from ..kernels.layout import Operand, Region
 from ..rule import Pass
 from ..sparse import IndexedSlices
 from ..tuned import HUGE
@@ -49,6 +48,11 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
 }
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_NO_MEMORY = (
+    "has no memory that could be reached: its storage was freed, as by resize_(0), or it belongs "
+    "to a transformation of torch.func or torch.compile. Step outside of those, on ordinary "
+    "tensors."
+)
 
 
 class Elementwise:
@@ -146,34 +150,37 @@ class Torch(Backend):
                 f"{'nested' if variable.is_nested else variable.layout} and dtype "
                 f"{variable.dtype}. Train the dense tensors that it is made of."
             )
-        shape = tuple(variable.shape)
+        dtype, shape = _DTYPES.get(variable.dtype), tuple(variable.shape)
+        fault = None if dtype is None else self._fault(variable)
+        if dtype is not None and fault is None:
+            return Entry(variable, name, shape, dtype)
         what = f"Variable '{name}' of shape {shape} and dtype {variable.dtype}"
-        if variable.dtype not in _DTYPES:
+        if dtype is None:
             advice = " Train torch.view_as_real() of it." if variable.is_complex() else ""
             raise TypeError(f"{what} must be float16, bfloat16, float32 or float64.{advice}")
+        raise ValueError(f"{what} {fault}")
+
+    def _fault(self, variable: Tensor) -> str | None:
+        """Why a dense tensor of floats cannot be trained, if it cannot."""
         if variable.requires_grad and not variable.is_leaf:
-            raise ValueError(
-                f"{what} is the result of a computation, so that no step can change it. Pass the "
-                "leaf tensors it was computed from, or detach() of it."
+            return (
+                "is the result of a computation, so that no step can change it. Pass the leaf "
+                "tensors it was computed from, or detach() of it."
             )
         if variable.is_neg():
-            raise ValueError(f"{what} is a view with its sign flipped. Pass resolve_neg() of it.")
-        if variable.numel() and not layout.is_injective(shape, variable.stride()):
-            raise ValueError(
-                f"{what} has elements that share memory (strides {variable.stride()}), as "
-                "expand() makes. Pass clone() of it."
+            return "is a view with its sign flipped. Pass resolve_neg() of it."
+        if not variable.is_contiguous() and not layout.is_injective(
+            variable.shape, variable.stride()
+        ):
+            return (
+                f"has elements that share memory (strides {variable.stride()}), as expand() "
+                "makes. Pass clone() of it."
             )
-        self._check_memory(variable, what)
-        return Entry(variable, name, shape, _DTYPES[variable.dtype])
+        return _NO_MEMORY if self._lacks_memory(variable) else None
 
-    def _check_memory(self, tensor: Tensor, what: str) -> None:
-        """Raise ValueError unless a dense tensor has all of the memory that it speaks of."""
-        if _is_plain(tensor) and not tensor.is_meta and not _has_memory(tensor):
-            raise ValueError(
-                f"{what} has no memory that could be reached: its storage was freed, as by "
-                "resize_(0), or it belongs to a transformation of torch.func or torch.compile. "
-                "Step outside of those, on ordinary tensors."
-            )
+    def _lacks_memory(self, tensor: Tensor) -> bool:
+        """Whether a dense tensor has not all of the memory that it speaks of."""
+        return _is_plain(tensor) and not tensor.is_meta and not _has_memory(tensor)
 
     def zeros(self, entry: Entry, dtype: str) -> Tensor:
         with making_state():
@@ -234,26 +241,25 @@ class Torch(Backend):
     def gradient(self, gradient: Any, entry: Entry) -> Any:
         """A dense or sparse COO tensor of floats that belongs to no graph."""
         variable = entry.variable
-        expected = f"The variable has shape {entry.shape} and dtype {entry.dtype}."
         what = f"The gradient of variable '{entry.name}'"
         if not isinstance(gradient, Tensor):
             raise TypeError(
-                f"{what} must be a torch.Tensor. Received: {received(gradient)}. {expected}"
+                f"{what} must be a torch.Tensor. Received: {received(gradient)}. {_built(entry)}"
             )
         if isinstance(gradient, Parameter) and not isinstance(variable, Parameter):
             raise TypeError(
                 f"{what} is an nn.Parameter, and the variable is none: pairs are (gradient, "
-                f"variable), in this order. {expected}"
+                f"variable), in this order. {_built(entry)}"
             )
         if gradient.is_nested or tuple(gradient.shape) != entry.shape:
             received_shape = "nested" if gradient.is_nested else tuple(gradient.shape)
             raise ValueError(
                 f"{what} must have the variable's shape. Received shape {received_shape} and "
-                f"dtype {gradient.dtype}. {expected}"
+                f"dtype {gradient.dtype}. {_built(entry)}"
             )
         if gradient.is_complex() or gradient.dtype == torch.bool or gradient.is_quantized:
             raise TypeError(
-                f"{what} must hold real numbers. Received dtype {gradient.dtype}. {expected}"
+                f"{what} must hold real numbers. Received dtype {gradient.dtype}. {_built(entry)}"
             )
         if gradient.device != variable.device:
             raise ValueError(
@@ -270,7 +276,8 @@ class Torch(Backend):
             return gradient.to_dense()
         if gradient._is_zerotensor():
             return torch.zeros_like(gradient)
-        self._check_memory(gradient, what)
+        if self._lacks_memory(gradient):
+            raise ValueError(f"{what} {_NO_MEMORY}")
         return gradient.resolve_neg()
 
     def copied(self, tensor: Tensor) -> Tensor:
@@ -354,6 +361,10 @@ def zeros_like(variable: Tensor, dtype: torch.dtype) -> Tensor:
     return slot.zero_()
 
 
+def _built(entry: Entry) -> str:
+    return f"The variable has shape {entry.shape} and dtype {entry.dtype}."
+
+
 def _recording(variable: Tensor) -> Tensor:
     """The same memory as a leaf that records gradients."""
     if variable.is_inference():
@@ -388,16 +399,21 @@ def _is_on_host(variable: Any) -> bool:
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a dense tensor lies within a storage that is there."""
-    if tensor.numel() == 0:
-        return True
     try:
         # Inside a transformation detach() wraps an ordinary tensor, too.
-        inner, held = tensor.detach(), tensor.untyped_storage().nbytes()
-        address = inner.data_ptr() if _is_plain(inner) else 0
+        return tensor.numel() == 0 or _is_held(tensor.detach())
     except (RuntimeError, NotImplementedError):
         return False
-    end = tensor.storage_offset() + _reach(tensor)
-    return address != 0 and bool(end * tensor.element_size() <= held)
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """The same of what is no part of a transformation."""
+    try:
+        end = (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
+        held = tensor.untyped_storage().nbytes()
+        return _place_of(tensor) != 0 and bool(end <= held)
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def _tensors(entry: Entry) -> list[Tensor]:
@@ -413,17 +429,13 @@ def _reach(tensor: Tensor) -> int:
     return 1 + int(sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True)))
 
 
-def _array_over(tensor: Tensor, dtype: Any) -> Array:
-    """An array over a tensor's memory, good for as long as the tensor lies there.
-
-    `Tensor.numpy()` would hold the memory, but never again let the user resize it, as FSDP does.
+def _region_of(tensor: Tensor) -> Region:
+    """Where a plain tensor lies. `Tensor.numpy()` would hold the memory, but never again let the
+    user resize it, as FSDP does.
     """
-    if tensor.numel() == 0:
-        return np.empty(tuple(tensor.shape), dtype)
     size = tensor.element_size()
-    memory = (ctypes.c_char * (_reach(tensor) * size)).from_address(tensor.data_ptr())
-    strides = [size * stride for stride in tensor.stride()]
-    return np.ndarray(tuple(tensor.shape), dtype, memory, 0, strides)
+    strides = tuple([size * stride for stride in tensor.stride()])
+    return Region(tensor.data_ptr(), tuple(tensor.shape), strides, size)
 
 
 _HELPERS = Team(torch.get_num_threads)
@@ -435,27 +447,21 @@ class TorchMemory(Torch, HostMemory):
     functions: ClassVar[Any] = Numbers
     arrays: ClassVar[Any] = Tensors
 
-    def view(self, variable: Tensor) -> Array:
-        return _array_over(variable, cpu.STORAGE[_DTYPES[variable.dtype]])
+    def region(self, values: Tensor) -> Region:
+        return _region_of(values)
 
     def operand(self, entry: Entry) -> Operand:
         # Variables and gradients were looked at before.
         for held in (*entry.slots, entry.accumulator, entry.average):
-            if held is not None and held.dtype not in _DTYPES:
-                raise ValueError(
-                    f"The optimizer's state for variable '{entry.name}' must stay as it was built, "
-                    f"of dtype {entry.slot_dtype}. It now has dtype {held.dtype}. Write to state "
-                    "variables in place, or use set_weights()."
-                )
-            if held is not None and not _has_memory(held):
+            if held is not None and held.numel() and not _is_held(held):
                 raise ValueError(
                     f"The optimizer's state for variable '{entry.name}' has no memory any more. "
                     "Write to state variables in place, or use set_weights()."
                 )
         return super().operand(entry)
 
-    def dtype(self, variable: Tensor) -> str:
-        return _DTYPES[variable.dtype]
+    def dtype(self, values: Tensor) -> str:
+        return _DTYPES.get(values.dtype, "")
 
     def floats(self, values: Any, entry: Entry) -> Tensor:
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values.detach()
@@ -489,7 +495,7 @@ class TorchMemory(Torch, HostMemory):
         values, (rows,) = gradient._values().resolve_neg(), gradient._indices()
         of_values, of_rows = np.dtype(_DTYPES[values.dtype]), np.dtype(np.int64)
         slices = IndexedSlices(
-            _array_over(values, of_values), _array_over(rows, of_rows), entry.shape
+            _region_of(values).array(of_values), _region_of(rows).array(of_rows), entry.shape
         )
         return SparseRows(*slices.coalesce())
 
@@ -567,14 +573,11 @@ class TorchDevice(Torch, Functional):
 
     def check_distinct(self, entries: Sequence[Entry]) -> None:
         self._device = entries[0].variable.device
-        regions: dict[torch.device, list[tuple[Entry, layout.Region]]] = {}
+        regions: dict[torch.device, list[tuple[Entry, Region]]] = {}
         for entry in entries:
             for v in _tensors(entry):
                 if _is_plain(v) and not v.is_meta:
-                    size = v.element_size()
-                    strides = tuple(size * stride for stride in v.stride())
-                    region = layout.Region(v.data_ptr(), tuple(v.shape), strides, size)
-                    regions.setdefault(v.device, []).append((entry, region))
+                    regions.setdefault(v.device, []).append((entry, _region_of(v)))
         for each in regions.values():
             check_distinct(each)
 

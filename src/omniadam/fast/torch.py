@@ -39,7 +39,10 @@ class FastTorch(Fast):
     def note(self, selection: Selection, gathered: Gradients) -> None:
         located = gathered.located
         if located.known is None or not located.known.placed.holds():
-            located.known = Known(Placed((*selection.entries, *selection.rest)))
+            entries = selection.entries + selection.rest
+            if self._built is None or not self.is_as_built(entries):
+                self._built = Placed(entries)
+            located.known = Known(self._built)
         located.known.like = None
         if not gathered.odd:
             located.known.like = Like(selection.entries, gathered.native, located.memory)
@@ -65,7 +68,12 @@ class FastTorch(Fast):
     def is_as_built(self, entries: Sequence[Entry]) -> bool:
         """Whether these are as they were when that was noted."""
         built = self._built
-        return built is not None and built.entries is entries and built.holds()
+        return (
+            built is not None
+            and len(built.entries) == len(entries)
+            and all(map(is_, built.entries, entries))
+            and built.holds()
+        )
 
     def note_built(self, entries: Sequence[Entry]) -> None:
         """Note that these are as they were built."""

@@ -570,15 +570,15 @@ class SparseRows(NamedTuple):
 
 def _dense_chunks(sizes: Sequence[int]) -> Int64s:
     """Rows of (tensor, offset, length, gradient, gradient offset)."""
-    parts = []
-    for tensor, size in enumerate(sizes):
-        offsets = np.arange(0, size, CHUNK, dtype=np.int64)
-        part = np.empty((len(offsets), 5), np.int64)
-        part[:, 0] = part[:, 3] = tensor
-        part[:, 1] = part[:, 4] = offsets
-        part[:, 2] = np.minimum(CHUNK, size - offsets)
-        parts.append(part)
-    return np.concatenate(parts) if parts else np.empty((0, 5), np.int64)
+    every = np.array(sizes, np.int64)
+    counts = -(-every // CHUNK)
+    tensors = np.repeat(np.arange(len(every)), counts)
+    chunks = np.empty((len(tensors), 5), np.int64)
+    chunks[:, 0] = chunks[:, 3] = tensors
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    chunks[:, 1] = chunks[:, 4] = (np.arange(len(tensors)) - first) * CHUNK
+    chunks[:, 2] = np.minimum(CHUNK, every[tensors] - chunks[:, 1])
+    return chunks
 
 
 def _sparse_chunks(size: int, rows: SparseRows) -> Int64s:

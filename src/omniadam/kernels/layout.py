@@ -7,6 +7,7 @@ Without Numba everything goes through such buffers, and the rule runs on NumPy's
 
 from __future__ import annotations
 
+import ctypes
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -20,22 +21,63 @@ from .. import rule as arithmetic
 from ..rule import MEASURES, Pass, Rule
 from ..tuned import BUFFERED, BUFFERED_ON_NUMPY, CHUNK
 from . import cpu
-from .cpu import HELPERS, PASS_C, SparseRows, Sums, Sweep, Team, Work
+from .cpu import ARITHMETIC, HELPERS, PASS_C, STORAGE, SparseRows, Sums, Sweep, Team, Work
 
 Array = npt.NDArray[Any]
 
 
+class Region(NamedTuple):
+    """Where a view lies in memory: `strides` and `itemsize` are in bytes.
+
+    The memory is not held: whoever has the view must keep it for as long as this is used.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def span(self) -> tuple[int, int]:
+        """The first byte, and the one after the last."""
+        low = self.address
+        high = low + self.itemsize
+        for stride, n in zip(self.strides, self.shape, strict=True):
+            if stride < 0:
+                low += stride * (n - 1)
+            else:
+                high += stride * (n - 1)
+        return low, high
+
+    def array(self, dtype: Any) -> Array:
+        """The memory as an array, whose dtype has this itemsize."""
+        if self.size == 0:
+            return np.empty(self.shape, dtype)
+        low, high = self.span()
+        memory: Any = (ctypes.c_char * (high - low)).from_address(low)
+        return np.ndarray(self.shape, dtype, memory, self.address - low, self.strides)
+
+
+def region_of(values: Array) -> Region:
+    """Where an array lies."""
+    return Region(values.ctypes.data, values.shape, values.strides, values.itemsize)
+
+
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """The arrays of one variable. `dtype` says what a uint16 array holds: bfloat16, or float16."""
+    """Where one variable and its state lie. `dtype` is the variable's, one of `cpu.STORAGE`."""
 
     dtype: str
-    variable: Array
-    slots: tuple[Array, ...] = ()
-    accumulator: Array | None = None
-    average: Array | None = None
+    variable: Region
+    slots: tuple[Region, ...] = ()
+    accumulator: Region | None = None
+    average: Region | None = None
 
-    def streams(self, kind: Pass) -> list[Array | None]:
+    def streams(self, kind: Pass) -> list[Region | None]:
         """What a pass touches beside the gradient, None for what it does not."""
         return [
             self.variable,
@@ -44,18 +86,16 @@ class Operand:
             self.average if kind.averaged else None,
         ]
 
+    def every(self) -> list[Region]:
+        """All that there is."""
+        every = (self.variable, *self.slots, self.accumulator, self.average)
+        return [region for region in every if region is not None]
 
-def stored(values: Array) -> Array:
-    """The memory of an array: 16-bit floats as the uint16 that kernels read, others as they are."""
-    return values.view(np.uint16) if values.dtype.name in ("float16", "bfloat16") else values
 
-
-def is_flat(values: Array) -> bool:
+def _is_flat(region: Region) -> bool:
     """Whether the elements lie densely in memory, in whatever order of the axes."""
-    if values.flags.c_contiguous or values.flags.f_contiguous:
-        return True
-    reach = values.itemsize
-    for stride, n in sorted(zip(values.strides, values.shape, strict=True)):
+    reach = region.itemsize
+    for stride, n in sorted(zip(region.strides, region.shape, strict=True)):
         if n > 1:
             if stride != reach:
                 return False
@@ -63,15 +103,19 @@ def is_flat(values: Array) -> bool:
     return True
 
 
-def same_order(a: Array, b: Array) -> bool:
-    """Whether two flat arrays of one shape have their elements in the same order."""
-    return [s // a.itemsize for s, n in zip(a.strides, a.shape, strict=True) if n > 1] == [
-        s // b.itemsize for s, n in zip(b.strides, b.shape, strict=True) if n > 1
-    ]
+def _is_in_order(region: Region) -> bool:
+    """Whether the elements lie densely in memory, the last axis first."""
+    reach = region.itemsize
+    for stride, n in zip(reversed(region.strides), reversed(region.shape), strict=True):
+        if n > 1:
+            if stride != reach:
+                return False
+            reach *= n
+    return True
 
 
-def _addresses(streams: Sequence[Array | None]) -> list[int]:
-    return [0 if each is None else each.ctypes.data for each in streams]
+def _addresses(streams: Sequence[Region | None]) -> list[int]:
+    return [0 if each is None else each.address for each in streams]
 
 
 class Plan:
@@ -174,7 +218,7 @@ class Odd:
         kind: Pass,
         rule: Rule,
         operand: Operand,
-        gradient: Array | SparseRows | None,
+        gradient: Region | SparseRows | None,
         gradient_dtype: str,
         team: Team = HELPERS,
     ) -> None:
@@ -185,21 +229,19 @@ class Odd:
         self._sparse = gradient if isinstance(gradient, SparseRows) else None
         self._dense = None if isinstance(gradient, SparseRows) else gradient
         self._sweep: Sweep | None = None
-        in_order = self._sparse is None or operand.variable.flags.c_contiguous
-        if in_order and compiled_for(operand, self._dense):
+        in_order = self._sparse is None or _is_in_order(operand.variable)
+        if self._compiled and in_order and is_regular(operand, self._dense):
             self._address = array("q", _addresses([self._dense]))
-            streams, size = operand.streams(kind), operand.variable.size
-            self._sweep = self._over(streams, size, self._sparse)
+            addresses = _addresses(operand.streams(kind))
+            self._sweep = self._over(addresses, operand.variable.size, self._sparse)
 
-    def _over(
-        self, streams: Sequence[Array | None], size: int, sparse: SparseRows | None = None
-    ) -> Sweep:
+    def _over(self, addresses: list[int], size: int, sparse: SparseRows | None = None) -> Sweep:
         return Sweep(
             self._kind,
             self._rule,
             self._operand.dtype,
             self._gradient_dtype,
-            [_addresses(streams)],
+            [addresses],
             [size],
             sparse,
             self._team,
@@ -207,11 +249,16 @@ class Odd:
 
     def _pieces(self) -> Iterator[tuple[list[Array | None], Array | None]]:
         kind, operand = self._kind, self._operand
-        streams = [*operand.streams(kind), self._dense]
-        stored = [each is not None for each in streams]
+        regions = [*operand.streams(kind), self._dense]
+        stored = [each is not None for each in regions]
         stored[0], stored[-1] = kind.stores_variable, False
         stored[-3] = stored[-3] and kind.stores_accumulator
-        dtypes = [None if each is None else each.dtype for each in streams]
+        real = ARITHMETIC[operand.dtype]
+        dtypes = [STORAGE[operand.dtype], *[real] * (len(regions) - 2), None]
+        if self._dense is not None:
+            dtypes[-1] = STORAGE[self._gradient_dtype]
+        pairs = zip(regions, dtypes, strict=True)
+        streams = [None if each is None else each.array(dtype) for each, dtype in pairs]
         size = CHUNK * (BUFFERED if self._compiled else BUFFERED_ON_NUMPY)
         stop = 0
         order = "K" if self._sparse is None else "C"  # of memory; of rows
@@ -241,7 +288,8 @@ class Odd:
         factor = factors[0] if factors else 1.0
         for pieces, gradient in self._pieces():
             if self._compiled:
-                sweep = self._over(pieces, pieces[0].size)  # type: ignore[union-attr]
+                addresses = [0 if each is None else each.ctypes.data for each in pieces]
+                sweep = self._over(addresses, pieces[0].size)  # type: ignore[union-attr]
                 at = array("q", [0 if gradient is None else gradient.ctypes.data])
                 found = sweep.run(at, factors, coefficients)
                 sums: Sequence[float] = found[0] if found else ()
@@ -265,7 +313,7 @@ class Odd:
         kind, dtype = self._kind, self._operand.dtype
         pass_c = tuple(coefficients[:PASS_C])
         if gradient is not None:
-            real = np.dtype(cpu.ARITHMETIC[dtype])
+            real = np.dtype(ARITHMETIC[dtype])
             gradient = widened(gradient, self._gradient_dtype).astype(real, copy=False)
         after = before = widened(w, dtype)
         if not kind.measures_only:
@@ -336,15 +384,26 @@ def _on_numpy(kind: Pass, rule: Rule, dtype: str) -> Callable[..., Any]:
     )
 
 
-def compiled_for(operand: Operand, gradient: Array | None) -> bool:
-    """Whether a kernel takes an operand and its gradient as they lie in memory."""
-    arrays = (operand.variable, *operand.slots, operand.accumulator, operand.average, gradient)
-    return cpu.available() and all(each is None or lies_like(each, operand) for each in arrays)
+def is_regular(operand: Operand, gradient: Region | None = None) -> bool:
+    """Whether a kernel could take an operand and its gradient as they lie in memory."""
+    rest = (*operand.slots, operand.accumulator, operand.average, gradient)
+    return (
+        _is_flat(operand.variable)
+        and operand.variable.address % operand.variable.itemsize == 0
+        and all(each is None or lies_like(each, operand.variable) for each in rest)
+    )
 
 
-def lies_like(values: Array, operand: Operand) -> bool:
-    """Whether an array is flat, and its elements are in the order of the operand's variable."""
-    return values.flags.aligned and is_flat(values) and same_order(values, operand.variable)
+def lies_like(region: Region, variable: Region) -> bool:
+    """Whether a region is aligned, and its elements lie in the order of a flat variable's."""
+    itemsize, strides = region.itemsize, variable.strides
+    if region.address % itemsize:
+        return False
+    if itemsize != variable.itemsize:
+        strides = tuple(stride // variable.itemsize * itemsize for stride in strides)
+    return region.strides == strides or all(
+        a == b or n <= 1 for a, b, n in zip(region.strides, strides, region.shape, strict=True)
+    )
 
 
 def is_injective(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1) -> bool:
@@ -358,27 +417,12 @@ def is_injective(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1
     return True
 
 
-class Region(NamedTuple):
-    """Where a view lies in memory: `strides` and `itemsize` are in bytes."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-
-    def span(self) -> tuple[int, int]:
-        """The first byte, and the one after the last."""
-        steps = [s * (n - 1) for s, n in zip(self.strides, self.shape, strict=True)]
-        low = self.address + sum(step for step in steps if step < 0)
-        return low, self.address + sum(step for step in steps if step > 0) + self.itemsize
-
-
 def overlapping(regions: Sequence[Region]) -> tuple[int, int] | None:
     """Two of the regions, none of which overlaps itself, that have a byte in common, if any do.
 
     Views may lie between each other's elements, as the columns of a matrix do.
     """
-    spans = sorted((*r.span(), i) for i, r in enumerate(regions) if math.prod(r.shape))
+    spans = sorted((*r.span(), i) for i, r in enumerate(regions) if 0 not in r.shape)
     between: list[int] = []  # that may overlap
     reach = 0
     for low, high, i in spans:
