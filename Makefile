@@ -1,5 +1,5 @@
-# make demo | test | test-slow | lint | bench | clean. Each makes the virtual environment it needs,
-# once, and again when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
+# make demo | test | test-slow | lint | docs | docs-check | bench | clean. Each makes the virtual
+# environment it needs, once, and again when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
 # make test-oldest | test-newest: the same tests at both ends of the versions that pyproject.toml allows.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow test-oldest test-newest bench lint format clean
+.PHONY: demo test test-slow test-oldest test-newest bench lint docs docs-check format clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/installed
@@ -38,17 +38,27 @@ test-newest:
 bench: .venv-test/installed
 	.venv-test/bin/python benchmarks/run.py $(ARGS)
 
-lint: .venv-lint/installed
+lint: .venv-lint/installed docs
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
 	.venv-lint/bin/mypy
+	.venv-lint/bin/codespell
+
+# The site, in site/. A warning is an error: mkdocs.yml is strict.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
+
+# Each page of the site in a browser, which is the system's Chromium or, where it has none,
+# Playwright's: it is fetched then, with its libraries (as root).
+docs-check: docs .venv-docs/browser
+	.venv-docs/bin/python tests/browse.py site build/screenshots
 
 format: .venv-lint/installed
 	.venv-lint/bin/ruff check --fix .
 	.venv-lint/bin/ruff format .
 
 clean:
-	rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 define environment
@@ -65,6 +75,16 @@ pip = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 .venv-lint/installed: pyproject.toml constraints.txt
 	$(environment)
 	$(pip) --constraint constraints.txt --editable '.[lint]'
+	@touch $@
+
+.venv-docs/installed: pyproject.toml constraints.txt
+	$(environment)
+	$(pip) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+.venv-docs/browser: .venv-docs/installed
+	$(pip) --constraint constraints.txt playwright
+	command -v chromium || $(@D)/bin/playwright install --with-deps chromium
 	@touch $@
 
 # torch first and by its exact version: where pip knows a CPU build (2.13.0+cpu), it then takes that

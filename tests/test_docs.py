@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 
 import pytest
 
 from inner import by_backend
-from shown import ROOT, SHOWN, backend_of, blocks
+from shown import ELSEWHERE, PAGES, ROOT, SHOWN, backend_of, blocks
 
 BACKENDS = ("numpy", "jax", "torch", "tensorflow")
-# The examples of docs/keras.md share values among devices.
+# Some examples share values among devices.
 check = by_backend("shown.py", XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
 
 @pytest.mark.needs("keras", "jax", "tensorflow", "torch")
 @pytest.mark.parametrize(
-    ("backend", "name"), [(backend_of(SHOWN[each]), f"test_shown[{each}]") for each in SHOWN]
+    ("backend", "name"), [(backend_of(SHOWN[each][0]), f"test_shown[{each}]") for each in SHOWN]
 )
 def test_with_keras(backend: str, name: str, request: pytest.FixtureRequest) -> None:
     """One process a backend, since each import of Keras takes seconds."""
     check(request)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "README.md"])
+def test_every_example_is_found(page: str) -> None:
+    """As a block of code at the margin, which is what is looked for, in a language by its name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fences = re.findall(r"^(.*(?:```|~~~).*)$", text, re.M)
+    assert {*fences} <= {"```", "```python", "```text", "```console"}, fences
+    assert len(re.findall("^```python$", text, re.M)) == len(blocks(page))
+    # What is indented is shown, too, and is not run: commands, and what is no Python.
+    assert not re.search(r"^ {4,}(import|from \S+ import|>>>) ", text, re.M)
+
+
+def test_pages_are_run() -> None:
+    assert {*PAGES} > ELSEWHERE and all(blocks(page) for page in ELSEWHERE)
+    run = {each.rsplit(":", 1)[0] for each in SHOWN}
+    assert run >= {page for page in PAGES if blocks(page)} - ELSEWHERE
+    quoted = [each for each, (_, said) in SHOWN.items() if said]
+    assert len([each for each in quoted if each.startswith("docs/faq.md")]) >= 5
+
+
+def test_what_is_said_to_be_tested_is_what_is_pinned() -> None:
+    """The versions in the table of README.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| (.*) \| ([\d.]+) \| tested \|$", text, re.M)
+    assert len(rows) >= 9
+    for file, column in (("constraints-oldest.txt", 1), ("constraints.txt", 3)):
+        pins = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        for row in rows:
+            name = {"PyTorch": "torch"}.get(row[0], row[0].lower())
+            if column == 3 or row[2] == "tested":
+                assert {f"{name}=={row[column]}", f"{name}-cpu=={row[column]}"} & {*pins}, row
 
 
 def test_every_proof_names_a_backend() -> None:
@@ -39,7 +72,8 @@ def test_every_proof_names_a_backend() -> None:
 @pytest.mark.needs("autograd", "jax", "torch")
 def test_readme() -> None:
     found = blocks("README.md")
-    assert found
+    imported = re.findall(r"^(?:import|from) (\w+)", found[0], re.M)
+    assert {*imported} == {"numpy", "omniadam"}  # what a bare installation has
     for code in found:
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
