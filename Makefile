@@ -46,7 +46,7 @@ lint: .venv-lint/installed docs
 
 # The site, in site/. A warning is an error: mkdocs.yml is strict.
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 
 # Each page of the site in a browser, which is the system's Chromium or, where it has none,
 # Playwright's: it is fetched then, with its libraries (as root).
