@@ -43,6 +43,17 @@ def test_pages_are_run() -> None:
     assert len([each for each in quoted if each.startswith("docs/faq.md")]) >= 5
 
 
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(file: str) -> None:
+    """Those of docs/ are checked when the site is built."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    names = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, name = link.partition("#")
+        assert (ROOT / path).exists() if path else name in names, link
+
+
 def test_what_is_said_to_be_tested_is_what_is_pinned() -> None:
     """The versions in the table of README.md."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
