@@ -1,5 +1,7 @@
 """Adam as Keras documents it, on the arrays people already have."""
 
+from typing import TYPE_CHECKING
+
 from . import schedules
 from .adam import Adam, AdamW
 from .compat.migration import migrate
@@ -9,3 +11,16 @@ from .sparse import IndexedSlices
 __version__ = "0.1.0"
 
 __all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "migrate", "schedules"]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> None:
+        hint = ""
+        if name in ("keras", "optax", "torch"):  # which import these libraries
+            hint = f": it is there after `import omniadam.{name}`"
+        raise AttributeError(f"module 'omniadam' has no attribute '{name}'{hint}", name=name)

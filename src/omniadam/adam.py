@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from . import options
@@ -10,15 +10,16 @@ from .engine import Engine
 from .optimizer import Optimizer
 from .options import Option
 from .rule import AdamCoefficients, Rule, adam_coefficients_by, make_adam, memory
+from .schedules import LearningRate
 
 
 class AdamEngine(Engine):
     """An engine with Adam's settings, slots and rule."""
 
-    beta_1 = Option(options.decay_rate, or_callable=True)
-    beta_2 = Option(options.decay_rate, or_callable=True)
-    epsilon = Option(options.small_constant, or_callable=True)
-    amsgrad = Option(options.boolean, structural=True)
+    beta_1 = Option[float | Callable[[], float]](options.decay_rate, or_callable=True)
+    beta_2 = Option[float | Callable[[], float]](options.decay_rate, or_callable=True)
+    epsilon = Option[float | Callable[[], float]](options.small_constant, or_callable=True)
+    amsgrad = Option[bool](options.boolean, structural=True)
 
     _option_names: ClassVar[tuple[str, ...]] = (
         *Engine._option_names,
@@ -33,10 +34,10 @@ class AdamEngine(Engine):
 
     def __init__(
         self,
-        learning_rate: Any = 0.001,
-        beta_1: Any = 0.9,
-        beta_2: Any = 0.999,
-        epsilon: Any = 1e-7,
+        learning_rate: LearningRate = 0.001,
+        beta_1: float | Callable[[], float] = 0.9,
+        beta_2: float | Callable[[], float] = 0.999,
+        epsilon: float | Callable[[], float] = 1e-7,
         amsgrad: bool = False,
         **settings: Any,
     ) -> None:
@@ -127,22 +128,23 @@ class Adam(AdamEngine, Optimizer):
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
     """
 
+    @options.leads_on("keras")
     def __init__(
         self,
-        learning_rate: Any = 0.001,
-        beta_1: Any = 0.9,
-        beta_2: Any = 0.999,
-        epsilon: Any = 1e-7,
+        learning_rate: LearningRate = 0.001,
+        beta_1: float | Callable[[], float] = 0.9,
+        beta_2: float | Callable[[], float] = 0.999,
+        epsilon: float | Callable[[], float] = 1e-7,
         amsgrad: bool = False,
-        weight_decay: Any = None,
-        clipnorm: Any = None,
-        clipvalue: Any = None,
-        global_clipnorm: Any = None,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: Any = 0.99,
-        ema_overwrite_frequency: Any = None,
-        loss_scale_factor: Any = None,
-        gradient_accumulation_steps: Any = None,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
         name: str = "adam",
     ) -> None:
         super().__init__(
@@ -180,22 +182,23 @@ class AdamW(Adam):
         [0.95]
     """
 
+    @options.leads_on("keras")
     def __init__(
         self,
-        learning_rate: Any = 0.001,
-        weight_decay: Any = 0.004,
-        beta_1: Any = 0.9,
-        beta_2: Any = 0.999,
-        epsilon: Any = 1e-7,
+        learning_rate: LearningRate = 0.001,
+        weight_decay: float = 0.004,
+        beta_1: float | Callable[[], float] = 0.9,
+        beta_2: float | Callable[[], float] = 0.999,
+        epsilon: float | Callable[[], float] = 1e-7,
         amsgrad: bool = False,
-        clipnorm: Any = None,
-        clipvalue: Any = None,
-        global_clipnorm: Any = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: Any = 0.99,
-        ema_overwrite_frequency: Any = None,
-        loss_scale_factor: Any = None,
-        gradient_accumulation_steps: Any = None,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
         name: str = "adamw",
     ) -> None:
         super().__init__(

@@ -15,7 +15,7 @@ from . import options, schedules
 from .backends import Backend, backend_of, supported
 from .backends.base import Entry, Group, Latest, Selection, received
 from .rule import Pass, PassCoefficients, Rule
-from .schedules import is_schedule
+from .schedules import LearningRate, is_schedule
 from .settings import Settings, as_it_is
 from .state import State, initial, names_of
 from .step import Step, checked, known, passes_of
@@ -30,7 +30,7 @@ class Engine(Settings):
         **settings: of `Settings`.
     """
 
-    def __init__(self, learning_rate: Any, **settings: Any) -> None:
+    def __init__(self, learning_rate: LearningRate, **settings: Any) -> None:
         self._building = threading.RLock()
         self._state = State()
         self._forget()
@@ -50,6 +50,7 @@ class Engine(Settings):
         self._recent: Selection | None = None
 
     def _set_learning_rate(self, value: Any) -> None:
+        refuse_variables(value, type(self).__name__)
         self._version += 1
         self._latest = None
         self._schedule = value if is_schedule(value) else None
@@ -59,7 +60,7 @@ class Engine(Settings):
         self._state.set_rate(number)
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> float | Any:
         """The present rate: of the schedule at the present step, of the callable, or the number.
 
         Settable, to a number, a schedule or a callable, unless the optimizer was made with a
@@ -72,7 +73,7 @@ class Engine(Settings):
         return self._state.read(self._state.rate)
 
     @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
+    def learning_rate(self, value: LearningRate) -> None:
         is_number = not is_schedule(value) and not callable(value)
         if is_number and self._schedule is not None:
             raise TypeError(
@@ -97,7 +98,7 @@ class Engine(Settings):
         return schedule(calls / 1 if is_ours else calls)
 
     @property
-    def iterations(self) -> Any:
+    def iterations(self) -> int | Any:
         """How often the variables were updated: calls // `gradient_accumulation_steps`."""
         n = self.gradient_accumulation_steps
         return self._calls() // n if n else self._calls()
@@ -107,7 +108,7 @@ class Engine(Settings):
 
     # --- building ---
 
-    def build(self, variables: Any) -> None:
+    def build(self, variables: Iterable[Any] | Mapping[str, Any]) -> None:
         """Create the state for these variables; the first `apply` does it otherwise.
 
         Args:
@@ -310,12 +311,15 @@ class Engine(Settings):
         return created
 
     def add_optimizer_variables(
-        self, trainable_variables: Sequence[Any], name: Any, initializer: Any = "zeros"
+        self,
+        trainable_variables: Iterable[Any] | Mapping[str, Any],
+        name: str | Sequence[str],
+        initializer: Any = "zeros",
     ) -> Any:
         """Add one state variable, or one for each of several names, for each variable.
 
         Args:
-            trainable_variables: the model's variables.
+            trainable_variables: the model's variables, as in `build`.
             name: a name, or a list of names.
             initializer: one for all names, or a list with one for each.
 
@@ -337,7 +341,7 @@ class Engine(Settings):
                 f"{len(names)} names, {names}, and {len(initializers)} initializers."
             )
         columns: tuple[list[Any], ...] = tuple([] for _ in names)
-        for variable in trainable_variables:
+        for variable in as_list(trainable_variables):
             replaced = self._entry(variable).replaced
             for column, each, start in zip(columns, names, initializers, strict=True):
                 column.append(
@@ -595,7 +599,7 @@ class Engine(Settings):
     def _differentiated(
         self,
         loss: Any,
-        variables: list[Any],
+        variables: Any,
         grad_loss: Any = None,
         scale: Callable[[Any], Any] = lambda loss: loss,
     ) -> list[Any]:
@@ -604,7 +608,7 @@ class Engine(Settings):
         if backend is None:
             # Differentiating changes nothing, but an error about the variables should come first.
             backend = self._described(variables)[0]
-        return backend.differentiate(loss, variables, grad_loss, scale)
+        return backend.differentiate(loss, as_list(variables), grad_loss, scale)
 
     # --- copies ---
 
@@ -676,10 +680,10 @@ def selected(present: Sequence[Entry], entries: Sequence[Entry]) -> Selection:
 
 def as_list(variables: Any) -> list[Any]:
     """Variables, as they may be given: a list, a mapping from names, or one."""
-    if isinstance(variables, Mapping):
-        return list(variables.values())
     if isinstance(variables, (list, tuple)):
         return list(variables)
+    if isinstance(variables, Mapping):
+        return list(variables.values())
     if backend_of(variables) is not None:
         return [variables]
     if isinstance(variables, Iterable) and not isinstance(variables, (str, bytes)):
@@ -687,4 +691,41 @@ def as_list(variables: Any) -> list[Any]:
     raise TypeError(
         f"Variables must be given as a list, or a mapping from names. Received: "
         f"{received(variables)}."
+    )
+
+
+def refuse_variables(rate: Any, kind: str) -> None:
+    """Raise TypeError for a learning rate that is what other optimizers take first: a model, or the
+    variables of one.
+
+    Args:
+        rate: what a learning rate is to be.
+        kind: the class that is made, for the message.
+    """
+    if callable(rate) and hasattr(rate, "trainable_variables"):
+        library = "keras"
+    elif isinstance(rate, Iterator) or (callable(rate) and hasattr(rate, "parameters")):
+        library = "torch"
+    else:
+        first = rate
+        while isinstance(first, (list, tuple, set, Mapping)) and first:
+            # Of torch's groups their parameters; of pairs with a name what comes after it.
+            held = list(first.values()) if isinstance(first, Mapping) else list(first)
+            first = held[-1] if isinstance(first, tuple) else held[0]
+        backend = None if first is rate else backend_of(first)
+        if backend is None:
+            return  # no number, if it is none of the other things that a rate may be
+        library = backend.name
+    leads = {
+        "torch": options.instead("torch", kind),
+        "keras": f"For `model.compile`, `import omniadam.keras`: omniadam.keras.{kind}().",
+    }
+    steps = (
+        "Variables are given to a step, with their gradients: "
+        "opt.apply_gradients([(gradient, variable), ...]); or to opt.minimize(loss, variables)."
+    )
+    raise TypeError(
+        "`learning_rate` comes first here, and must be a number, a schedule, or a callable without "
+        f"arguments. Received: {received(rate)}, which looks like the variables of a model. "
+        f"{leads.get(library, steps)}"
     )

@@ -10,21 +10,28 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import repeat
 from operator import is_
-from typing import Any, Self
+from typing import Any, Never, Self
 
-import keras
+from . import options, schedules, versions
 
-from . import options, schedules
+with versions.imported(
+    "keras", user="omniadam.keras", hint="Keras computes with the library that KERAS_BACKEND names."
+):
+    import keras
+
 from .adam import AdamEngine
 from .backends.base import Entry, Selection
 from .backends.keras import KerasVariables, native, settle
 from .engine import selected
+from .schedules import LearningRate
 from .settings import as_it_is
+
+__all__ = ["Adam", "AdamW"]
 
 # Where a step writes to the memory of the values. (Elsewhere it makes new ones, and stores them.)
 _IN_PLACE = keras.backend.backend() in ("numpy", "torch")
@@ -51,6 +58,10 @@ _HONOURED = (
 )
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @keras.saving.register_keras_serializable("omniadam")
 class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     """`keras.optimizers.Adam` with the same arguments, state and files, in one pass.
@@ -61,10 +72,11 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     Args:
         learning_rate: a number >= 0, a schedule of Keras or of `omniadam.schedules`, or a callable
             without arguments.
-        *arguments, **settings: `beta_1`, `beta_2`, `epsilon`, `amsgrad`, `weight_decay`,
-            `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
-            `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps` and
-            `name`, as in `keras.optimizers.Adam` and checked as in `omniadam.Adam`.
+        beta_1, beta_2, epsilon, amsgrad, weight_decay, clipnorm, clipvalue, global_clipnorm,
+            use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
+            gradient_accumulation_steps, name: as in `keras.optimizers.Adam`, and checked as in
+            `omniadam.Adam`.
+        **kwargs: what Keras takes beside these, as it does: `decay`, which it warns of.
 
     Raises:
         ValueError: if a setting is out of its range, or more than one clip is set.
@@ -82,8 +94,44 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     Sources: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980; keras/src/optimizers/adam.py.
     """
 
-    def __init__(self, learning_rate: Any = 0.001, *arguments: Any, **settings: Any) -> None:
-        super().__init__(_rate(learning_rate), *arguments, **settings)
+    @options.leads_on("keras")
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.001,
+        beta_1: float | Callable[[], float] = 0.9,
+        beta_2: float | Callable[[], float] = 0.999,
+        epsilon: float | Callable[[], float] = 1e-7,
+        amsgrad: bool = False,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        **kwargs: Never,  # so that a type checker finds misspelled names, as Keras does
+    ) -> None:
+        super().__init__(
+            learning_rate=_rate(learning_rate),
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            amsgrad=amsgrad,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+            **kwargs,
+        )
         # Hidden from what Keras and TensorFlow track: it has no state of its own.
         object.__setattr__(self, "_engine", _KerasEngine(self))
         self._look_for_overrides()
@@ -354,8 +402,44 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
-    def __init__(self, learning_rate: Any = 0.001, *arguments: Any, **settings: Any) -> None:
-        super().__init__(learning_rate, *arguments, **settings)
+    @options.leads_on("keras")
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.001,
+        weight_decay: float = 0.004,
+        beta_1: float | Callable[[], float] = 0.9,
+        beta_2: float | Callable[[], float] = 0.999,
+        epsilon: float | Callable[[], float] = 1e-7,
+        amsgrad: bool = False,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        **kwargs: Never,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            amsgrad=amsgrad,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+            **kwargs,
+        )
 
 
 # By name, what Keras's optimizer is made of and may be overridden, as it is here.
@@ -368,10 +452,6 @@ _HOOKS = {
     and name not in _HONOURED
     and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
 }
-
-# What help() and editors show.
-for _ours, _theirs in ((Adam, keras.optimizers.Adam), (AdamW, keras.optimizers.AdamW)):
-    vars(_ours.__init__)["__signature__"] = inspect.signature(_theirs.__init__)
 
 
 class _OfThread(threading.local):

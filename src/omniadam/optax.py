@@ -11,29 +11,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
-from jax.core import Tracer
 
 from . import options, versions
+
+with versions.imported("optax", "jax", user="omniadam.optax"):
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax import lax
+    from jax.core import Tracer
+    from jax.typing import ArrayLike, DTypeLike
+
 from .backends.jax import Arrays, TracedNumbers
 from .rule import adam_coefficients, make_adam, optax_coefficients
 
 __all__ = ["adam", "adamw", "scale_by_adam", "step"]
 
-versions.check("optax", optax.__version__)
+
+def __dir__() -> list[str]:
+    return __all__
 
 
+@options.leads_on("optax")
 def adam(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     epsilon_hat: bool = False,
@@ -84,15 +91,16 @@ def adam(
     )
 
 
+@options.leads_on("optax")
 def adamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
     epsilon_hat: bool = False,
@@ -139,12 +147,13 @@ def adamw(
     )
 
 
+@options.leads_on("optax")
 def scale_by_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     epsilon_hat: bool = False,

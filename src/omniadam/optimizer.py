@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,15 @@ from . import options, schedules
 from .backends import Backend, introduce
 from .backends.base import Entry, Selection, Stateless, received
 from .engine import Engine, as_list
+from .schedules import LearningRate
 from .settings import as_it_is
 from .state import names_of
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
-class Optimizer(Engine):
+class Optimizer(Engine, options.LeadsOn):
     """Base class of optimizers: everything but the arithmetic of one rule.
 
     A subclass gives its arithmetic in one of two ways. `Adam` has a `rule`, which is compiled and
@@ -85,18 +88,19 @@ class Optimizer(Engine):
         )
     )
 
+    @options.leads_on("keras")
     def __init__(
         self,
-        learning_rate: Any,
-        weight_decay: Any = None,
-        clipnorm: Any = None,
-        clipvalue: Any = None,
-        global_clipnorm: Any = None,
+        learning_rate: LearningRate,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: Any = 0.99,
-        ema_overwrite_frequency: Any = None,
-        loss_scale_factor: Any = None,
-        gradient_accumulation_steps: Any = None,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         introduce(Optimizer)
@@ -125,9 +129,19 @@ class Optimizer(Engine):
         introduce(Optimizer)
         super()._build(backend, entries)
 
+    @contextmanager
+    def _built_by(self, named: Mapping[str, Any]) -> Iterator[None]:
+        """Around the first step of variables with names: built with these, unless it fails."""
+        with ExitStack() as stack:
+            with self._building:
+                if not self.built:
+                    stack.enter_context(self._unbuilt_on_error())
+                self.build(named)
+            yield
+
     # --- a step ---
 
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> int | Any:
         """Update variables by their gradients.
 
         Args:
@@ -171,12 +185,17 @@ class Optimizer(Engine):
             self.apply(grads, variables)
         return self._counted(calls)
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+    def apply(
+        self,
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> None:
         """Update variables by a list of gradients, one a variable.
 
         Args:
             grads: as in `apply_gradients`. If the list is empty, nothing is done.
-            trainable_variables: the variables; all that the optimizer was built with if None.
+            trainable_variables: the variables, or a mapping from names to them as in `build`; all
+                that the optimizer was built with if None.
 
         Raises:
             TypeError, ValueError: as `apply_gradients`; and if the lengths differ, or variables
@@ -184,6 +203,10 @@ class Optimizer(Engine):
         """
         grads = list(grads)
         if not grads:
+            return
+        if not self.built and isinstance(trainable_variables, Mapping):
+            with self._built_by(trainable_variables):
+                Optimizer.apply(self, grads)  # to all of them, in their order
             return
         if trainable_variables is None:
             if not self.built:
@@ -193,7 +216,7 @@ class Optimizer(Engine):
                 )
             variables = [entry.key for entry in self._state.entries]
         else:
-            variables = list(trainable_variables)
+            variables = as_list(trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"There must be one gradient a variable. Received {len(grads)} gradients for "
@@ -276,8 +299,8 @@ class Optimizer(Engine):
         self,
         optimizer_variables: Sequence[Any],
         grads: Sequence[Any],
-        trainable_variables: Sequence[Any],
-    ) -> tuple[list[Any], list[Any]]:
+        trainable_variables: Sequence[T],
+    ) -> tuple[list[T], list[Any]]:
         """A step as a function: nothing that is passed in changes, nor does the optimizer.
 
         A step of no variables returns what it is given. In `jax.jit` with donation, let the
@@ -345,14 +368,20 @@ class Optimizer(Engine):
 
     # --- differentiation ---
 
-    def minimize(self, loss: Any, var_list: Any, grad_loss: Any = None) -> Any:
+    def minimize(
+        self,
+        loss: Callable[..., Any],
+        var_list: Any,
+        grad_loss: Any = None,
+    ) -> int | Any:
         """Differentiate a loss and apply the gradients.
 
         Args:
             loss: for NumPy and JAX a callable with one argument a variable, written with
                 `autograd.numpy` or `jax.numpy`, that returns a real scalar; elsewhere it may take
                 no argument.
-            var_list: the variables; a list, a callable that returns one, or a single variable.
+            var_list: the variables; a list, a mapping from names to them as in `build`, a callable
+                that returns one of these, or a single variable. The loss takes them in this order.
             grad_loss: what the gradient of the loss itself is taken to be, of its shape; ones if
                 None.
 
@@ -373,16 +402,18 @@ class Optimizer(Engine):
             >>> calls, w.round(3).tolist()
             (3, [0.702, -1.701])
         """
-        variables = as_list(var_list() if callable(var_list) else var_list)
+        variables = var_list() if callable(var_list) else var_list
         gradients = self._differentiated(loss, variables, grad_loss, self.scale_loss)
-        return self.apply_gradients(zip(gradients, variables, strict=True))
+        is_named = not self.built and isinstance(variables, Mapping)
+        with self._built_by(variables) if is_named else nullcontext():
+            return self.apply_gradients(zip(gradients, as_list(variables), strict=True))
 
-    def get_gradients(self, loss: Any, params: Any) -> list[Any]:
+    def get_gradients(self, loss: Callable[..., Any], params: Any) -> list[Any]:
         """Gradients of a loss by the library's own differentiation, neither scaled nor clipped.
 
         Args:
             loss: as in `minimize`.
-            params: list of variables.
+            params: the variables, as in `minimize`.
 
         Returns:
             A list with one gradient a variable, of its shape; None where the library says that the
@@ -398,9 +429,9 @@ class Optimizer(Engine):
             >>> Adam().get_gradients(lambda w: (w * w).sum(), [np.array([1.0, -2.0])])
             [array([ 2., -4.])]
         """
-        return self._differentiated(loss, as_list(params))
+        return self._differentiated(loss, params() if callable(params) else params)
 
-    def scale_loss(self, loss: Any) -> Any:
+    def scale_loss(self, loss: T) -> T:
         """The loss as it must be differentiated for `loss_scale_factor`, which the step undoes.
 
         Args:
@@ -420,7 +451,9 @@ class Optimizer(Engine):
             >>> w.round(3).tolist()
             [0.9]
         """
-        return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
+        factor = self.loss_scale_factor
+        scaled: Any = loss
+        return loss if factor is None else scaled * factor
 
     # --- state ---
 

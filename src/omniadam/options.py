@@ -5,15 +5,19 @@ Defaults stand in signatures: of `Settings`, and of the optimizers.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 Check = Callable[[str, Any], Any]
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Option:
+class Option(Generic[T]):
     """A checked attribute: assigning it, in a constructor or later, checks and converts.
 
     It has no `__get__`, so that reading it is reading an ordinary attribute.
@@ -37,9 +41,9 @@ class Option:
 
     if TYPE_CHECKING:  # an ordinary attribute, and not every checker sees that
 
-        def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
+        def __get__(self, instance: Any, owner: type | None = None) -> T: ...
 
-    def __set__(self, instance: Any, value: Any) -> None:
+    def __set__(self, instance: Any, value: T) -> None:
         name, held = self._name, instance.__dict__
         if not (self._or_callable and callable(value)):
             value = self._check(name, value)
@@ -181,3 +185,138 @@ def check_clips(given: dict[str, Any], exclusive: Sequence[str] = CLIPS) -> None
         raise ValueError(
             f"Only one of {', '.join(names[:-1])} and {names[-1]} can be set. Received: {received}"
         )
+
+
+# --- what other interfaces have, and where it is here ---
+
+# Of each its name, and how it is called here: ? stands for nothing, or for the W of AdamW.
+_INTERFACES = {
+    "keras": ("Keras", "import omniadam", "omniadam.Adam?(learning_rate=1e-3)"),
+    "torch": (
+        "PyTorch",
+        "import omniadam.torch",
+        "omniadam.torch.Adam?(model.parameters(), lr=1e-3)",
+    ),
+    "optax": ("optax", "import omniadam.optax", "omniadam.optax.adam?(learning_rate=1e-3)"),
+}
+# An argument of each interface, or None where it has none like it.
+_SAME: tuple[dict[str, str | None], ...] = tuple(
+    dict(zip(_INTERFACES, names, strict=True))
+    for names in (
+        ("learning_rate", "lr", "learning_rate"),
+        ("beta_1", "betas", "b1"),
+        ("beta_2", "betas", "b2"),
+        ("epsilon", "eps", "eps"),
+        (None, "params", None),
+        (None, "maximize", None),
+        (None, "foreach", None),
+        (None, "fused", None),
+        (None, "capturable", None),
+        (None, "differentiable", None),
+        (None, "decoupled_weight_decay", None),
+        (None, None, "eps_root"),
+        (None, None, "mu_dtype"),
+        (None, None, "mask"),
+        (None, None, "nesterov"),
+    )
+)
+
+
+def instead(interface: str, kind: str = "Adam") -> str:
+    """Where the interface of another library is, for messages about a class of this name."""
+    library, imported, call = _INTERFACES[interface]
+    w = "w" if interface == "optax" else "W"
+    call = call.replace("?", w if kind.lower().startswith("adamw") else "")
+    return f"For {library}'s interface, `{imported}`: {call}."
+
+
+def leads_on(interface: str, *also: str) -> Callable[[F], F]:
+    """Let a function of one interface say what an argument of another's is called here.
+
+    Args:
+        interface: whose names it has: "keras", "torch" or "optax".
+        *also: what it takes beside the arguments that its signature names.
+    """
+
+    def decorate(function: F) -> F:
+        known = {
+            name
+            for name, each in inspect.signature(function).parameters.items()
+            if each.kind is not each.VAR_KEYWORD
+        }.union(also)
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name not in known and (hint := _meant(name, interface, function.__qualname__)):
+                    raise TypeError(
+                        f"{function.__qualname__}() got an unexpected keyword argument '{name}'. "
+                        f"{hint}"
+                    )
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def _meant(argument: str, interface: str, kind: str) -> str:
+    """What is said of an argument that another interface has; empty if none has it."""
+    for other in _INTERFACES:
+        rows = [row for row in _SAME if row[other] == argument]
+        if other != interface and rows:
+            own = [f"`{name}`" for row in rows if (name := row[interface])]
+            here = f"Here it is called {' and '.join(dict.fromkeys(own))}. " if own else ""
+            return f"{here}{instead(other, kind)}"
+    return ""
+
+
+class Elsewhere:
+    """A name that another interface has and this one has not: asked for it, one is told where.
+
+    `hasattr` is False. A `__getattr__` would say the same, and make every other attribute slower.
+
+    Args:
+        interface: which has it.
+    """
+
+    def __init__(self, interface: str) -> None:
+        self._interface = interface
+
+    def __repr__(self) -> str:
+        return f"<none here. {instead(self._interface)}>"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> NoReturn:
+        kind = owner or type(instance)
+        what = f"type object '{kind.__name__}'" if instance is None else f"'{kind.__name__}' object"
+        raise AttributeError(
+            f"{what} has no attribute '{self._name}'. {instead(self._interface, kind.__name__)}"
+        )
+
+
+class LeadsOn:
+    """What optimizers of PyTorch and optax have, and one with Keras's interface has not.
+
+    `load_state_dict` is left out: who looks without asking, as `isinstance` does with a protocol,
+    would take an object with both it and `state_dict` for one that saves itself by them.
+    """
+
+    if not TYPE_CHECKING:
+        step = Elsewhere("torch")
+        zero_grad = Elsewhere("torch")
+        param_groups = Elsewhere("torch")
+        add_param_group = Elsewhere("torch")
+        state_dict = Elsewhere("torch")
+        init = Elsewhere("optax")
+        update = Elsewhere("optax")
+
+    def __dir__(self) -> list[str]:
+        return [
+            name for name in object.__dir__(self) if name not in _ELSEWHERE or hasattr(self, name)
+        ]
+
+
+_ELSEWHERE = frozenset(name for name, each in vars(LeadsOn).items() if isinstance(each, Elsewhere))

@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Protocol, Self, SupportsFloat, TypeAlias, overload
 
 import numpy as np
 
@@ -35,12 +35,17 @@ __all__ = [
     "CosineDecayRestarts",
     "ExponentialDecay",
     "InverseTimeDecay",
+    "LearningRate",
     "LearningRateSchedule",
     "PiecewiseConstantDecay",
     "PolynomialDecay",
     "deserialize",
     "serialize",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class LearningRateSchedule(ABC):
@@ -74,6 +79,22 @@ class LearningRateSchedule(ABC):
         """Schedule whose `get_config()` this is."""
         return cls(**config)
 
+
+class KerasSchedule(Protocol):
+    """What type checkers know a schedule of Keras by."""
+
+    def __call__(self, step: Any) -> Any:
+        """Learning rate of the step."""
+
+    def get_config(self) -> Any:
+        """Arguments of the constructor by name."""
+
+
+# What a learning rate may be: a number (of Python, or an array of one element), a schedule, or a
+# callable without arguments, which is called at each step.
+LearningRate: TypeAlias = (
+    float | SupportsFloat | LearningRateSchedule | KerasSchedule | Callable[[], SupportsFloat]
+)
 
 # What a constructor checks. A check takes the argument's name and what was given, and returns what
 # is kept: Python numbers, so that a config is JSON whatever the arguments were.
@@ -150,6 +171,12 @@ class _Formula(LearningRateSchedule):
             name = f"{type(self).__name__}: {each.name}"
             value = each.metadata["check"](name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)
+
+    @overload
+    def __call__(self, step: int) -> float: ...
+
+    @overload
+    def __call__(self, step: Any) -> Any: ...
 
     def __call__(self, step: Any) -> Any:
         """Learning rate of a step: a float for an integer, else an array of the step's library."""

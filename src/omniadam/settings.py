@@ -23,16 +23,16 @@ class Clips(NamedTuple):
 class Settings:
     """All settings but the learning rate, which is state if it is a number: see `Engine`."""
 
-    weight_decay = Option(options.weight_decay)
-    clipnorm = Option(options.threshold)
-    clipvalue = Option(options.threshold)
-    global_clipnorm = Option(options.threshold)
-    use_ema = Option(options.boolean, structural=True)
-    ema_momentum = Option(options.momentum)
-    ema_overwrite_frequency = Option(options.whole(1))
-    loss_scale_factor = Option(options.scale)
-    gradient_accumulation_steps = Option(options.whole(2), structural=True)
-    name = Option(options.text)
+    weight_decay = Option[float | None](options.weight_decay)
+    clipnorm = Option[float | None](options.threshold)
+    clipvalue = Option[float | None](options.threshold)
+    global_clipnorm = Option[float | None](options.threshold)
+    use_ema = Option[bool](options.boolean, structural=True)
+    ema_momentum = Option[float](options.momentum)
+    ema_overwrite_frequency = Option[int | None](options.whole(1))
+    loss_scale_factor = Option[float | None](options.scale)
+    gradient_accumulation_steps = Option[int | None](options.whole(2), structural=True)
+    name = Option[str](options.text)
 
     # What `get_config` holds beside the learning rate; a subclass adds its own.
     _option_names: ClassVar[tuple[str, ...]] = (
@@ -57,15 +57,15 @@ class Settings:
     def __init__(
         self,
         *,
-        weight_decay: Any = None,
-        clipnorm: Any = None,
-        clipvalue: Any = None,
-        global_clipnorm: Any = None,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: Any = 0.99,
-        ema_overwrite_frequency: Any = None,
-        loss_scale_factor: Any = None,
-        gradient_accumulation_steps: Any = None,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
         name: str | None = None,
     ) -> None:
         self.built = False

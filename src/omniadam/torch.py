@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, repeat
 from operator import is_, itemgetter, setitem
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from . import fast, options, versions
+
+with versions.imported("torch", user="omniadam.torch"):
+    import torch
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
 from .adam import ADAM, AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Group, Selection
@@ -41,7 +45,13 @@ from .kernels.cpu import Work
 from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
 
-versions.check("torch", torch.__version__)
+__all__ = ["Adam", "AdamW"]
+
+T = TypeVar("T")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class _Extra(NamedTuple):
@@ -118,11 +128,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _meshes: Sequence[sharded.Mesh] = ()
     _are_flat = False
 
+    @options.leads_on("torch")
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: tuple[Any, Any] = (0.9, 0.999),
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -181,6 +192,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         if isinstance(param_group, dict):
             param_group.update(_checked({**self.defaults, **param_group}, only=param_group))
         super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -511,11 +528,12 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
+    @options.leads_on("torch")
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: tuple[Any, Any] = (0.9, 0.999),
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,

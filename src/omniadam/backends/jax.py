@@ -14,19 +14,20 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax import lax
-from jax.core import Tracer
 
 from .. import options, versions
+
+with versions.imported("jax"):
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.core import Tracer
+
 from .base import FLOATS, HALVES, Advance, Entry, Fast, Group, Selection, Stateless, Sums, received
 from .functional import Functional, NotOurs, Pure
 from .host import Numbers
-
-versions.check("jax", jax.__version__)
 
 
 def nothing_is_traced() -> bool:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
-import keras
 import numpy as np
 
 from .. import versions
+
+with versions.imported("keras"):
+    import keras
+
 from . import backend_of
 from .base import Backend, Entry, Selection
-
-versions.check("keras", keras.__version__)
 
 
 def native(variable: Any) -> Any:

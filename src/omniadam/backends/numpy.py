@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from .. import versions
 from ..kernels import layout
 from ..kernels.cpu import SparseRows
 from ..kernels.layout import Operand, Region
 from ..sparse import IndexedSlices
 from .base import FLOATS, Entry, Fast, received
 from .host import HostMemory
+
+versions.check("numpy", np.__version__)
 
 Array = npt.NDArray[Any]
 
@@ -123,15 +126,14 @@ class NumPy(HostMemory):
     def differentiate(
         self, loss: Any, variables: Sequence[Any], grad_loss: Any, scale: Callable[[Any], Any]
     ) -> list[Any]:
-        try:
+        with versions.imported(
+            "autograd",
+            user="Differentiating a loss over NumPy arrays",
+            hint="Or compute the gradients yourself, and call "
+            "apply_gradients(zip(gradients, variables)).",
+        ):
             from autograd import make_vjp
             from autograd.tracer import getval
-        except ImportError as error:
-            raise ImportError(
-                "Differentiating a loss over NumPy arrays needs HIPS autograd: "
-                "pip install 'omniadam[autograd]'. Or compute gradients yourself and call "
-                "apply_gradients(zip(gradients, variables))."
-            ) from error
         if not callable(loss):
             raise TypeError(
                 "`loss` must be a callable with one argument a variable, written with "

@@ -20,9 +20,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from .. import options, versions
+
+with versions.imported("tensorflow"):
+    import tensorflow as tf
+
 from ..sparse import unmasked
 from .base import (
     FLOATS,
@@ -39,8 +42,6 @@ from .base import (
 )
 from .functional import Functional, NotOurs
 from .host import Numbers
-
-versions.check("tensorflow", tf.__version__)
 
 _made = count()
 # How a step is run: computed at once, and stored later.

@@ -6,3 +6,7 @@
 from . import contrib_keras, optimizer_v2
 
 __all__ = ["contrib_keras", "optimizer_v2"]
+
+
+def __dir__() -> list[str]:
+    return __all__

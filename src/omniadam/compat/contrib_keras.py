@@ -7,15 +7,30 @@ What differs from `omniadam.Adam`: `decay`; `clipnorm`, which is of all gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
+from .. import options
 from ..backends.base import received
 from ..engine import as_list
 from ..settings import Clips, as_it_is
 from .engine import JointlyClipped
-from .older import Clip, Hyperparameter, Older, _name_of
+from .older import Clip, Hyperparameter, Number, Older, _name_of
+
+__all__ = ["Adam"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _KWARGS = ("clipnorm", "clipvalue")
+
+
+class _Kwargs(TypedDict, total=False):
+    """What type checkers know of the settings by keyword."""
+
+    clipnorm: float | None
+    clipvalue: float | None
 
 
 class Adam(Older):
@@ -55,14 +70,15 @@ class Adam(Older):
     clipnorm = Clip()
     clipvalue = Clip()
 
+    @options.leads_on("keras", *_KWARGS)
     def __init__(
         self,
-        lr: Any = 0.001,
-        beta_1: Any = 0.9,
-        beta_2: Any = 0.999,
-        epsilon: Any = 1e-08,
-        decay: Any = 0.0,
-        **kwargs: Any,
+        lr: Number = 0.001,
+        beta_1: Number = 0.9,
+        beta_2: Number = 0.999,
+        epsilon: Number = 1e-08,
+        decay: Number = 0.0,
+        **kwargs: Unpack[_Kwargs],
     ) -> None:
         for key in kwargs:
             if key not in _KWARGS:

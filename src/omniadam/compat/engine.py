@@ -39,8 +39,8 @@ CHECKS: dict[str, options.Check] = {
 class OlderEngine(AdamEngine):
     """Adam with the settings of TensorFlow 2.0, under Keras 3's names."""
 
-    decay = Option(options.rate, or_callable=True)
-    clipvalue = Option(options.limit)
+    decay = Option[Any](options.rate, or_callable=True)
+    clipvalue = Option[float | None](options.limit)
 
     _exclusive_clips: ClassVar[tuple[str, ...]] = ("clipnorm", "global_clipnorm")
     _value_first: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, SupportsFloat, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from .. import options
 from ..backends import backend_of, of_tensorflow
 from ..backends.base import Backend, received
+from ..engine import refuse_variables
 from ..schedules import is_schedule
 from ..settings import as_it_is
 from ..state import host, initial
@@ -18,6 +19,8 @@ from .engine import CHECKS, OlderEngine
 
 Array = npt.NDArray[Any]
 Pairs = list[tuple[Any, Any]]
+# What a hyperparameter may be: a number, a tensor, or a callable without arguments.
+Number: TypeAlias = float | SupportsFloat | Callable[[], SupportsFloat]
 
 
 class Hyperparameter:
@@ -65,7 +68,7 @@ class TensorValue:
         return backend.over([self.tensor]).array(self.tensor)
 
 
-class Older:
+class Older(options.LeadsOn):
     """An optimizer of an older generation."""
 
     # What the moments are called, in the order of the engine's slots.
@@ -116,6 +119,8 @@ class Older:
         return self._scalars.number(name)
 
     def _set_hyper(self, name: str, value: Any) -> None:
+        if name == "learning_rate":
+            refuse_variables(value, type(self).__name__)
         if name in self._hyper and _is_traced(value):
             self._set_hyper_in_function(name, value)
             return

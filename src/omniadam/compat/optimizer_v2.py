@@ -10,17 +10,24 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
 from .. import options, schedules
 from ..backends.base import received, takes_arguments
 from ..engine import as_list
-from ..schedules import is_schedule
+from ..schedules import LearningRate, is_schedule
 from ..settings import as_it_is
 from .engine import OlderEngine
-from .older import Clip, Hyperparameter, Older, _listed, _name_of
+from .older import Clip, Hyperparameter, Number, Older, _listed, _name_of
+
+__all__ = ["Adam", "VariableAggregation", "VariableSynchronization"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _KWARGS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
 
@@ -88,6 +95,16 @@ class VariableAggregation(Enum):
         return f"tf.compat.v1.{self}"
 
 
+class _Kwargs(TypedDict, total=False):
+    """What type checkers know of the settings by keyword."""
+
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    lr: LearningRate
+    decay: Number
+
+
 class Adam(Older):
     """Adam as TensorFlow 2.0 documents it.
 
@@ -130,15 +147,16 @@ class Adam(Older):
     clipvalue = Clip()
     global_clipnorm = Clip()
 
+    @options.leads_on("keras", *_KWARGS)
     def __init__(
         self,
-        learning_rate: Any = 0.001,
-        beta_1: Any = 0.9,
-        beta_2: Any = 0.999,
-        epsilon: Any = 1e-07,
+        learning_rate: LearningRate = 0.001,
+        beta_1: Number = 0.9,
+        beta_2: Number = 0.999,
+        epsilon: Number | None = 1e-07,
         amsgrad: bool = False,
         name: str = "Adam",
-        **kwargs: Any,
+        **kwargs: Unpack[_Kwargs],
     ) -> None:
         options.check_overrides(
             type(self),

@@ -471,7 +471,7 @@ def _tracked(kind: type, base: type) -> type:
         # Not those of the base, which look up hyperparameters by name.
         "__getattribute__": object.__getattribute__,
         "__setattr__": object.__setattr__,
-        "__dir__": object.__dir__,
+        "__dir__": kind.__dir__,
         "__deepcopy__": deepcopy,
         "__reduce_ex__": lambda self, protocol: (_new, (kind,), _state(self)),
     }
