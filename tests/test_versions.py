@@ -68,20 +68,23 @@ VARIABLES = {
 
 @pytest.fixture(scope="module")
 def refused() -> list[str]:
-    """What is said of each, twice, in a process in which all are too old."""
+    """What is said of each by every class, in a process in which all are too old."""
     code = f"""
 import importlib, os
 os.environ |= {{"KERAS_BACKEND": "numpy", "TF_CPP_MIN_LOG_LEVEL": "3"}}
 import numpy
+given = lambda made, v: (v, {{}}, abs) if made is contrib_keras.Adam else (abs, v)
 from omniadam import Adam
+from omniadam.compat import contrib_keras, optimizer_v2
 for library, variable in {VARIABLES}.items():
     module = importlib.import_module(library)
     module.__version__ = "0.7.1"
     w = eval(variable, {{library: module}})
-    for _ in range(2):
-        opt = Adam()
+    for made in (Adam, Adam, contrib_keras.Adam, optimizer_v2.Adam):
         try:
-            opt.build([w])
+            opt = made()
+            build = opt.build if made is Adam else lambda v: opt.get_updates(*given(made, v))
+            build([w])
         except ImportError as error:
             print(error)
     Adam().build([numpy.ones(1)])  # which needs no other library
@@ -93,22 +96,110 @@ for library, variable in {VARIABLES}.items():
 @pytest.mark.parametrize("library", VARIABLES)
 def test_a_library_that_is_too_old_is_named(library: str, refused: list[str]) -> None:
     expected = f"omniadam needs {library} {OLDEST[library]} or newer. Found {library} 0.7.1:"
-    assert sum(line.startswith(expected) for line in refused) == 2
-    assert len(refused) == 2 * len(VARIABLES)
+    assert sum(line.startswith(expected) for line in refused) == 4
+    assert len(refused) == 4 * len(VARIABLES)
 
 
-@pytest.mark.parametrize("drop_in", ["torch", "optax"])
-def test_a_drop_in_of_a_library_that_is_too_old_is_an_error(drop_in: str) -> None:
-    pytest.importorskip(drop_in)
-    code = f"""
-import {drop_in}
-{drop_in}.__version__ = "0.2.3"
+DROP_INS = {"torch": "torch", "keras": "keras", "optax": "optax", "jax": "optax"}
+
+
+@pytest.fixture(scope="module")
+def refused_drop_ins() -> list[str]:
+    """What is said of each: too old, without what is imported of it, and not to be imported."""
+    return run(f"""
+import importlib.metadata, os, sys
+os.environ["KERAS_BACKEND"] = "numpy"
+importlib.metadata.version = lambda name: "0.2.3"
+for library, drop_in in {DROP_INS}.items():
+    whole, empty = importlib.import_module(library), type(sys)(library)
+    version = whole.__version__
+    for now in (whole, empty, None):
+        sys.modules[library] = now
+        if now is not None:
+            now.__version__ = "0.2.3"
+        try:
+            importlib.import_module(f"omniadam.{{drop_in}}")
+        except ImportError as error:
+            print(error)
+    sys.modules[library], whole.__version__ = whole, version
+""").splitlines()
+
+
+@pytest.mark.needs(*DROP_INS)
+@pytest.mark.parametrize("library", DROP_INS)
+def test_a_drop_in_of_a_library_that_is_too_old_is_an_error(
+    library: str, refused_drop_ins: list[str]
+) -> None:
+    expected = f"omniadam needs {library} {OLDEST[library]} or newer. Found {library} 0.2.3:"
+    assert sum(line.startswith(expected) for line in refused_drop_ins) == 3
+    assert len(refused_drop_ins) == 3 * len(DROP_INS)
+
+
+def test_a_numpy_that_is_too_old_is_named() -> None:
+    code = """
+import numpy
+numpy.__version__ = "1.26.4"
+import omniadam
 try:
-    import omniadam.{drop_in}
+    omniadam.Adam().build([numpy.ones(1)])
 except ImportError as error:
     print(error)
 """
-    assert f"needs {drop_in} {OLDEST[drop_in]} or newer" in run(code)
+    assert "omniadam needs numpy 2.0 or newer. Found numpy 1.26.4: pip install" in run(code)
+
+
+# --- What is not installed -----------------------------------------------------------------------
+
+# The library that is not there, who needs it, what is said of that, and how it is installed.
+MISSING = {
+    "torch": ("import omniadam.torch", "omniadam.torch", "torch]'."),
+    "keras": ("import omniadam.keras", "omniadam.keras", "keras]'. Keras computes with"),
+    "tensorflow": ("import omniadam.keras", "omniadam.keras", "tensorflow]'. Keras computes with"),
+    "optax": ("import omniadam.optax", "omniadam.optax", "optax]'."),
+    "jax": ("import omniadam.optax", "omniadam.optax", "optax]'."),
+    "autograd": (
+        "omniadam.Adam().minimize(lambda w: w, [numpy.ones(())])",
+        "Differentiating a loss over NumPy arrays",
+        "autograd]'. Or compute the gradients yourself",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def missing() -> list[str]:
+    """What is said, in the order of `MISSING`, in a process in which each is missing in turn."""
+    return run(f"""
+import os, sys
+import numpy, omniadam
+os.environ["KERAS_BACKEND"] = "tensorflow"
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == library:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+for library, use in { {name: use for name, (use, *_) in MISSING.items()}!r}.items():
+    sys.modules.pop(library, None)
+    try:
+        exec(use)
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+# What is broken is not missing.
+library, sys.modules["jax.core"] = None, None
+try:
+    import omniadam.optax
+except ModuleNotFoundError as error:
+    print(error.name, error)
+""").splitlines()
+
+
+@pytest.mark.needs("keras", "jax")
+@pytest.mark.parametrize("library", MISSING)
+def test_what_is_not_installed_is_named_with_its_extra(library: str, missing: list[str]) -> None:
+    _, user, rest = MISSING[library]
+    said = missing[list(MISSING).index(library)]
+    expected = f"{library} {user} needs {library}, which is not installed: pip install 'omniadam["
+    assert said.startswith(expected + rest)
+    assert missing[len(MISSING) :] == ["jax.core import of jax.core halted; None in sys.modules"]
 
 
 def test_a_numba_that_is_too_old_is_slow() -> None:
