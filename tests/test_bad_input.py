@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import omniadam
 from cases import gradients, variables
 from omniadam import Adam, AdamW, IndexedSlices, Optimizer, schedules
+from omniadam.compat import contrib_keras, optimizer_v2
 from reference import Array
 
 SHAPES = {"kernel": (3, 4), "bias": (4,), "scale": ()}
@@ -1179,5 +1182,152 @@ def test_differentiation_without_autograd(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "autograd", None)
     for state in ("fresh", "built"):
         World(state).refuses(
-            minimize(lambda *w: 0.0, ImportError, "pip install 'omniadam[autograd]'")
+            minimize(lambda *w: 0.0, ModuleNotFoundError, "pip install 'omniadam[autograd]'")
         )
+
+
+# --- What was meant ------------------------------------------------------------------------------
+
+
+def of_torch() -> Any:
+    return pytest.importorskip("torch").nn.Linear(2, 1)
+
+
+def of_keras() -> Any:
+    layer = pytest.importorskip("keras").layers.Dense(1)
+    layer.build((None, 2))
+    return layer
+
+
+TORCH = "omniadam.torch.Adam(model.parameters(), lr=1e-3)."
+STEPS = "opt.apply_gradients([(gradient, variable), ...])"
+NO_RATE: dict[str, tuple[Callable[[], Any], str]] = {
+    "torch's parameters": (lambda: of_torch().parameters(), TORCH),
+    "a list of them": (lambda: [*of_torch().parameters()], TORCH),
+    "with names": (lambda: [*of_torch().named_parameters()], TORCH),
+    "groups": (lambda: [{"params": [*of_torch().parameters()], "lr": 0.1}], TORCH),
+    "a state_dict": (lambda: of_torch().state_dict(), TORCH),
+    "a module": (of_torch, TORCH),
+    "a generator": (lambda: (w for w in arrays().values()), TORCH),
+    "a layer of Keras": (of_keras, "omniadam.keras.Adam()."),
+    "variables of Keras": (lambda: of_keras().trainable_variables, "omniadam.keras.Adam()."),
+    "arrays": (lambda: [*arrays().values()], STEPS),
+    "a tuple of arrays": (lambda: (*arrays().values(),), STEPS),
+    "a tree of arrays": (lambda: {"layer": arrays()}, STEPS),
+}
+
+
+@each("name", NO_RATE)
+def test_variables_for_a_learning_rate(name: str) -> None:
+    make, lead = NO_RATE[name]
+    for kind in (Adam, Optimizer, contrib_keras.Adam, optimizer_v2.Adam):
+        with pytest.raises(TypeError, match="`learning_rate` comes first") as info:
+            kind(make())
+        assert lead in str(info.value)
+    with pytest.raises(TypeError) as info:
+        AdamW(make())
+    assert ("AdamW" in str(info.value)) is (lead != STEPS)
+
+
+def test_a_list_of_numbers_for_a_learning_rate() -> None:
+    for rate in ([], [0.1], (), {}, [[]], {"a": 0.1}):
+        with pytest.raises(ValueError, match="`learning_rate` must be a number with"):
+            Adam(rate)
+
+
+# Arguments of other interfaces, what they are called here, and where those interfaces are.
+ELSEWHERE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "lr": ({"lr": 0.1}, "Its name here is `learning_rate`. ", TORCH),
+    "params": ({"params": [], "lr": 0.1}, "", TORCH),
+    "betas": ({"betas": (0.9, 0.999)}, "Its name here is `beta_1` and `beta_2`. ", TORCH),
+    "eps": ({"eps": 1e-8}, "Its name here is `epsilon`. ", TORCH),
+    "fused": ({"fused": True}, "", TORCH),
+    "b1": ({"b1": 0.9}, "Its name here is `beta_1`. ", "omniadam.optax.adam(learning_rate=1e-3)."),
+    "eps_root": ({"eps_root": 0.1}, "", "omniadam.optax.adam(learning_rate=1e-3)."),
+}
+
+
+@each("name", ELSEWHERE)
+def test_arguments_of_other_interfaces(name: str) -> None:
+    given, here, there = ELSEWHERE[name]
+    for kind in (Adam, AdamW, optimizer_v2.Adam):
+        if kind is optimizer_v2.Adam and "lr" in given:  # which it has
+            continue
+        with pytest.raises(TypeError) as info:
+            kind(**given)
+        start = (
+            f"{kind.__name__}.__init__() got an unexpected keyword argument '{name}'. {here}For "
+        )
+        end = there.replace("dam(", "damW(" if "torch" in there else "damw(")
+        assert str(info.value).startswith(start)
+        assert str(info.value).endswith(end if kind is AdamW else there)
+    assert contrib_keras.Adam(lr=0.5).lr == optimizer_v2.Adam(lr=0.5).lr == 0.5
+
+
+def test_arguments_of_other_interfaces_in_the_drop_ins() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("keras")
+    pytest.importorskip("optax")
+    import omniadam.keras
+    import omniadam.optax
+    import omniadam.torch
+
+    keras = "For Keras's interface, `import omniadam`: omniadam.Adam"
+    torch = "For PyTorch's interface, `import omniadam.torch`: omniadam.torch.Adam"
+    for make, given, here, there in (
+        (omniadam.torch.Adam, {"params": [], "learning_rate": 0.1}, "`lr`", keras),
+        (omniadam.torch.AdamW, {"params": [], "beta_1": 0.9}, "`betas`", keras),
+        (omniadam.keras.Adam, {"lr": 0.1}, "`learning_rate`", torch),
+        (omniadam.keras.AdamW, {"betas": (0.9, 0.99)}, "`beta_1` and `beta_2`", torch),
+        (omniadam.optax.adam, {"lr": 0.1}, "`learning_rate`", torch),
+        (omniadam.optax.adamw, {"learning_rate": 0.1, "epsilon": 0.1}, "`eps`", keras),
+        (omniadam.optax.scale_by_adam, {"betas": 0.1}, "`b1` and `b2`", torch),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument") as info:
+            make(**given)
+        assert f"Its name here is {here}. {there}" in str(info.value)
+
+
+ATTRIBUTES = {
+    **dict.fromkeys(
+        ["step", "zero_grad", "param_groups", "add_param_group", "state_dict"], "torch"
+    ),
+    **dict.fromkeys(["init", "update"], "optax"),
+}
+
+
+@each("kind", [Adam, AdamW, contrib_keras.Adam, optimizer_v2.Adam])
+def test_attributes_of_other_interfaces(kind: Any) -> None:
+    opt = kind()
+    for name, library in ATTRIBUTES.items():
+        for owner in (opt, type(opt)):
+            assert not hasattr(owner, name) and getattr(owner, name, None) is None
+            with pytest.raises(AttributeError, match=f"no attribute '{name}'. For .*{library}"):
+                getattr(owner, name)
+        assert name not in dir(opt)
+    with pytest.raises(AttributeError, match=r"no attribute 'stepp'$"):
+        opt.stepp  # noqa: B018
+    assert "get_config" in dir(opt)
+    assert type(copy.deepcopy(opt)) is type(pickle.loads(pickle.dumps(opt))) is type(opt)
+    assert type(copy.copy(opt)) is type(opt)
+
+
+def test_attributes_of_other_interfaces_may_be_ones_own() -> None:
+    class Own(Adam):
+        def step(self) -> int:
+            return 3
+
+    opt = Own()
+    opt.param_groups = []
+    assert opt.step() == 3 and opt.param_groups == []
+    assert {"step", "param_groups"} <= {*dir(opt)}
+
+
+@each("name", ["torch", "keras", "optax", "nothing"])
+def test_a_drop_in_that_was_not_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(omniadam, name, raising=False)
+    hint = "" if name == "nothing" else f": it is there after `import omniadam.{name}`"
+    with pytest.raises(
+        AttributeError, match=f"^module 'omniadam' has no attribute '{name}'{hint}$"
+    ):
+        getattr(omniadam, name)

@@ -85,6 +85,21 @@ def test_constructors_are_those_of_keras(ours: type) -> None:
         assert (got[name].kind, got[name].default) == (want[name].kind, want[name].default), name
 
 
+@pytest.mark.needs("keras")
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_constructors_of_the_drop_in_are_those_of_keras(kind: str) -> None:
+    import keras
+
+    import omniadam.keras
+
+    got, want = (
+        {name: (p.kind, p.default) for name, p in inspect.signature(each).parameters.items()}
+        for each in (getattr(omniadam.keras, kind), getattr(keras.optimizers, kind))
+    )
+    got["name"] = want["name"]  # None; in older versions of Keras what it makes of that
+    assert list(got.items()) == list(want.items())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_method(name: str) -> None:
     assert spelled(getattr(Adam, name)) == METHODS[name]
@@ -117,6 +132,38 @@ def test_names_of_the_package() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", omniadam.__version__)
 
 
+PUBLIC = {
+    "omniadam": ["Adam", "AdamW", "IndexedSlices", "Optimizer", "migrate", "schedules"],
+    "omniadam.compat": ["contrib_keras", "optimizer_v2"],
+    "omniadam.compat.contrib_keras": ["Adam"],
+    "omniadam.compat.optimizer_v2": ["Adam", "VariableAggregation", "VariableSynchronization"],
+    "omniadam.keras": ["Adam", "AdamW"],
+    "omniadam.optax": ["adam", "adamw", "scale_by_adam", "step"],
+    "omniadam.schedules": [
+        "CosineDecay",
+        "CosineDecayRestarts",
+        "ExponentialDecay",
+        "InverseTimeDecay",
+        "LearningRate",
+        "LearningRateSchedule",
+        "PiecewiseConstantDecay",
+        "PolynomialDecay",
+        "deserialize",
+        "serialize",
+    ],
+    "omniadam.torch": ["Adam", "AdamW"],
+}
+
+
+@pytest.mark.needs("keras", "optax", "torch")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_module_shows_nothing_else(name: str) -> None:
+    module = import_module(name)
+    assert sorted(module.__all__) == PUBLIC[name]
+    assert sorted({*dir(module)} - {"__version__"}) == PUBLIC[name]
+    assert all(hasattr(module, each) for each in dir(module))
+
+
 # --- Methods that no other file tests ------------------------------------------------------------
 
 
@@ -142,6 +189,58 @@ def test_minimize_applies_the_gradients_of_the_loss(settings: dict[str, Any]) ->
         two.apply([two.scale_loss(g) for g in grads], by_hand)
     assert [w.tolist() for w in by_minimize] == [w.tolist() for w in by_hand]
     assert [w.tolist() for w in one.variables] == [w.tolist() for w in two.variables]
+
+
+NAMES = ["iteration", "learning_rate", "layer_w_momentum", "layer_w_velocity"]
+
+
+@pytest.mark.needs("autograd")
+def test_variables_with_names_keep_them() -> None:
+    def named() -> dict[str, Any]:
+        return dict(zip(("layer/w", "layer/b"), variables(), strict=True))
+
+    held, same, again, unnamed = named(), named(), named(), variables()
+    one, two, three, plain = Adam(0.5), Adam(0.5), Adam(0.5), Adam(0.5)
+    one.exclude_from_weight_decay(var_names=["b$"])
+    for _ in range(2):
+        one.minimize(loss, held)
+        two.minimize(loss, lambda: same)
+        three.apply(three.get_gradients(loss, again), again)
+        plain.minimize(loss, unnamed)
+    for opt, params in ((one, held), (two, same), (three, again)):
+        assert [*opt.named_variables()][:4] == NAMES
+        assert [w.tolist() for w in params.values()] == [w.tolist() for w in unnamed]
+    assert [entry.decayed for entry in one._state.entries] == [True, False]
+    one.minimize(lambda w: w.sum(), {"another name": held["layer/w"]})  # of one that it knows
+    assert one.iterations == 3 and [*one.named_variables()][:4] == NAMES
+
+
+@pytest.mark.needs("autograd")
+def test_a_step_that_fails_leaves_no_names() -> None:
+    w, opt = np.ones(2), Adam(0.5)
+    bad = np.ones(3)
+    with pytest.raises(TypeError, match="Names of variables must be"):
+        opt.minimize(lambda w: 1 / 0, {3: w})
+    with pytest.raises(ZeroDivisionError):
+        opt.minimize(lambda w: 1 / 0, {"w": w})
+    with pytest.raises(ValueError, match="gradient of variable 'w'"):
+        opt.apply([bad], {"w": w})
+    with pytest.raises(ValueError, match="one gradient a variable"):
+        opt.apply([bad, bad], {"w": w})
+    assert not opt.built and w.tolist() == [1.0, 1.0]
+    opt.apply([w], [w])
+    assert "variable_momentum" in opt.named_variables()
+
+
+def test_state_of_variables_with_names() -> None:
+    class Own(Optimizer):
+        def build(self, variables: Any) -> None:
+            super().build(variables)
+            self.add_optimizer_variables(variables, "sum")
+
+    opt = Own(0.1)
+    opt.build({"w": np.ones(2)})
+    assert [*opt.named_variables()] == ["iteration", "learning_rate", "w_sum"]
 
 
 @pytest.mark.needs("autograd")

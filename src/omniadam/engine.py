@@ -716,9 +716,10 @@ def refuse_variables(rate: Any, kind: str) -> None:
         if backend is None:
             return  # no number, if it is none of the other things that a rate may be
         library = backend.name
+    drop_in = "AdamW" if kind == "AdamW" else "Adam"
     leads = {
         "torch": options.instead("torch", kind),
-        "keras": f"For `model.compile`, `import omniadam.keras`: omniadam.keras.{kind}().",
+        "keras": f"For `model.compile`, `import omniadam.keras`: omniadam.keras.{drop_in}().",
     }
     steps = (
         "Variables are given to a step, with their gradients: "

@@ -216,7 +216,8 @@ class Optimizer(Engine, options.LeadsOn):
                 )
             variables = [entry.key for entry in self._state.entries]
         else:
-            variables = as_list(trainable_variables)
+            given = trainable_variables
+            variables = list(given) if isinstance(given, list) else as_list(given)
         if len(grads) != len(variables):
             raise ValueError(
                 f"There must be one gradient a variable. Received {len(grads)} gradients for "

@@ -225,8 +225,8 @@ _SAME: tuple[dict[str, str | None], ...] = tuple(
 def instead(interface: str, kind: str = "Adam") -> str:
     """Where the interface of another library is, for messages about a class of this name."""
     library, imported, call = _INTERFACES[interface]
-    w = "w" if interface == "optax" else "W"
-    call = call.replace("?", w if kind.lower().startswith("adamw") else "")
+    is_adamw = kind.partition(".")[0].lower() == "adamw"
+    call = call.replace("?", ("w" if interface == "optax" else "W") if is_adamw else "")
     return f"For {library}'s interface, `{imported}`: {call}."
 
 
@@ -266,7 +266,7 @@ def _meant(argument: str, interface: str, kind: str) -> str:
         rows = [row for row in _SAME if row[other] == argument]
         if other != interface and rows:
             own = [f"`{name}`" for row in rows if (name := row[interface])]
-            here = f"Here it is called {' and '.join(dict.fromkeys(own))}. " if own else ""
+            here = f"Its name here is {' and '.join(dict.fromkeys(own))}. " if own else ""
             return f"{here}{instead(other, kind)}"
     return ""
 
