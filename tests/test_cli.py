@@ -1,6 +1,8 @@
-"""`omniadam train`: what it reaches, what it leaves on disk, and that no interruption shows."""
+"""`omniadam`: what it says, what a run leaves on disk, and that no interruption shows."""
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import random
@@ -9,6 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+import warnings
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,30 +22,65 @@ import numpy as np
 import pytest
 
 import omniadam
+from omniadam import slow
 
 pytest.importorskip("autograd")
-pytest.importorskip("click")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 from autograd import value_and_grad
-from click.testing import CliRunner, Result
 
-from omniadam.cli import checkpoint, digits
+from omniadam.cli import checkpoint, compare, curves, digits, main
 from omniadam.cli.frameworks import FRAMEWORKS
-from omniadam.cli.run import SCHEDULES
-from omniadam.cli.train import HYPERPARAMETERS, train
+from omniadam.cli.peers import PEERS, NotComparable, PeerRun
+from omniadam.cli.run import SCHEDULES, USUAL, Run, Settings
+from omniadam.cli.train import DEFAULTS, HYPERPARAMETERS, NEEDED
+from omniadam.environment import Info
 
 # Four epochs of twelve steps; --schedule-epochs so that a run of two epochs has the same schedule.
 SHORT = ["--batch-size", "128", "--schedule-epochs", "4"]
 SOURCE = str(Path(omniadam.__file__).parents[1])
 
 
+@dataclass
+class Result:
+    """What the command wrote, and its status."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+class Written(io.StringIO):
+    is_terminal = False
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+def call(*arguments: object) -> Result:
+    """The command in this process."""
+    status: Any = 0
+    with (
+        contextlib.redirect_stdout(Written()) as out,
+        contextlib.redirect_stderr(Written()) as err,
+    ):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+    if isinstance(status, str):  # as the interpreter does with it
+        return Result(1, out.getvalue(), f"{err.getvalue()}{status}\n")
+    return Result(status or 0, out.getvalue(), err.getvalue())
+
+
 def invoke(*arguments: object) -> Result:
-    result = CliRunner().invoke(train, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    return result
+    return call("train", *arguments)
 
 
 def trained(output: Path, *arguments: object) -> dict[str, np.ndarray]:
@@ -82,11 +122,40 @@ def test_the_defaults_learn_the_digits(tmp_path: Path) -> None:
 def test_every_hyperparameter_is_an_option_with_adams_default() -> None:
     signature = inspect.signature(omniadam.Adam).parameters
     assert list(HYPERPARAMETERS) == [name for name in signature if name != "name"]
-    page = invoke("--help").output
-    defaults = {option.name: option.default for option in train.params}
     for name in HYPERPARAMETERS:
-        assert f"--{name.replace('_', '-')} " in page
-        assert defaults[name] == signature[name].default
+        assert DEFAULTS[name] == signature[name].default
+
+
+def test_every_option_has_a_help_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    for command in ("train", "info"):
+        page = call(command, "--help")
+        assert page.exit_code == 0
+        joined = re.sub(r"\n {8,}", "  ", page.stdout)  # what is too long for the first column
+        options = [line for line in joined.splitlines() if line.startswith("  -")]
+        assert all(re.fullmatch(r"  -.*?  +[A-Zs].{10,}", line) for line in options), options
+        if command == "train":
+            shown = {
+                match[1]: line for line in options if (match := re.match(r"  --([\w-]+)", line))
+            }
+            assert {name.replace("_", "-") for name in DEFAULTS} < set(shown)
+            assert (
+                shown["seed"].endswith("Default: 0.")
+                and "Default: 0.001." in shown["learning-rate"]
+            )
+            assert shown["amsgrad"].endswith("Default: no.") and "--no-amsgrad" in shown["amsgrad"]
+
+
+def test_on_a_terminal_there_is_a_bar_and_elsewhere_a_line_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SHORT, "--epochs", 2]
+    lines = invoke("--output", tmp_path / "log", *arguments).stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert all(re.search(r": loss 0\.\d{4}, test accuracy \d\d\.\d\d%$", line) for line in lines)
+    monkeypatch.setattr(Written, "is_terminal", True)
+    bar = invoke("--output", tmp_path / "bar", *arguments).stderr
+    assert "step/s" in bar and f"{100}%" in bar and "epoch 2/2: loss" not in bar
 
 
 def test_the_examples_are_fixed_and_the_order_depends_on_seed_and_epoch() -> None:
@@ -151,7 +220,7 @@ def test_every_installed_library_makes_the_same_run(tmp_path: Path) -> None:
     """In a process of its own: Keras on a library that compiles, and imports with their noise."""
     installed = {name for name in FRAMEWORKS if find_spec(name)}
     below = next(n for n in ("jax", "tensorflow", "torch", "numpy") if n in installed)
-    options = "--framework all --use-ema --ema-momentum 0.5 --schedule cosine --epochs 4"
+    options = "--framework all --schedule cosine --epochs 4"
     process = subprocess.run(
         [sys.executable, "-m", "omniadam", "train", "--output", "run", *options.split(), *SHORT],
         cwd=tmp_path,
@@ -180,14 +249,57 @@ def test_every_installed_library_makes_the_same_run(tmp_path: Path) -> None:
         # and moves the weight by a hundredth of a step, which is the learning rate, 1e-3.
         # Another batch or setting anywhere would show as whole steps.
         assert name == "numpy" or float(differences[0]) <= 1e-5
-    said = re.split(r"[\r\n]+", process.stderr)
-    assert [line for line in said if line and "step" not in line] == []  # progress bars alone
+        if name in PEERS:
+            check_own(name, lines[lines.index(row) + 1], below, result=(loss, accuracy))
+    said = process.stderr.splitlines()
+    assert [line for line in said if not re.match(r"[\w.]+ +epoch \d/4: loss", line)] == []
+
+
+def check_own(name: str, row: str, below: str, result: tuple[str, str]) -> None:
+    """The row of a library's own Adam, below ours."""
+    title, *cells = re.split(r" {2,}", row.strip())
+    assert row.startswith("  ") and title.startswith(PEERS[name].label)
+    if name == "tensorflow" != below:
+        assert cells == [f"Keras runs on {below} here: set KERAS_BACKEND=tensorflow"]
+        return
+    loss, accuracy, milliseconds, early, _ = cells
+    assert float(loss) == pytest.approx(float(result[0]), abs=5e-3) and float(milliseconds) > 0
+    assert float(accuracy.rstrip("%")) == pytest.approx(float(result[1].rstrip("%")), abs=1)
+    assert 0 < float(early) < 0.05  # it is another Adam
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("option", ["", "--weight-decay 5", "--clipnorm 1"])
+def test_own_adam_has_the_settings_of_the_run_or_says_so(option: str) -> None:
+    settings = Settings(
+        epochs=1,
+        batch_size=128,
+        seed=0,
+        schedule="exponential",
+        schedule_epochs=1,
+        framework="torch",
+        adam={**USUAL, "weight_decay": 5.0} if "decay" in option else USUAL,
+    )
+    if "clip" in option:
+        with pytest.raises(NotComparable, match="has no --clipnorm"):
+            PeerRun(
+                PEERS["torch"], replace(settings, adam={**USUAL, "clipnorm": 1.0}), *digits.load()
+            )
+        return
+    runs = [Run(settings, *digits.load()), PeerRun(PEERS["torch"], settings, *digits.load())]
+    for run in runs:
+        run.train_epoch(lambda loss: None)
+    ours, own = (run.weights() for run in runs)
+    # Epsilon is elsewhere; a forgotten decay or schedule would move the mean weight by 1e-3.
+    assert 0 < compare.largest_difference(ours, own) < 2e-3
+    middle = [float(np.abs(a - b).mean()) for a, b in zip(ours, own, strict=True)]
+    assert max(middle) < 1e-4
 
 
 def test_a_library_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "jax", "tensorflow", "keras"):
         monkeypatch.setitem(sys.modules, name, None)
-    result = invoke("--output", tmp_path, "--framework", "torch")
+    result = invoke("--output", tmp_path / "run", "--framework", "torch")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
         "Error: torch is not installed: pip install 'omniadam[torch]'"
@@ -283,7 +395,7 @@ def test_killed_at_the_worst_moments(tmp_path: Path) -> None:
     assert start(broken, *SHORT, "--epochs", 4, killed_at=1).wait(60) == -signal.SIGKILL
     assert not (broken / "checkpoint.npz").exists()
 
-    process = start(broken, *SHORT, "--epochs", 4, "--resume", killed_at=4)
+    process = start(broken, *SHORT, "--epochs", 4, killed_at=4)
     assert process.wait(60) == -signal.SIGKILL
     state = checkpoint.load(broken / "checkpoint.npz")
     assert len(state["history"]) == 2  # written before the first step and after two epochs
@@ -303,7 +415,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     done = []
     for _ in range(3):
         before = file.stat().st_mtime_ns if file.exists() else None
-        process = start(broken, *options, "--resume")
+        process = start(broken, *options, *(["--resume"] if before else []))
         while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
             time.sleep(0.002)
         time.sleep(moment.uniform(0, 0.4))
@@ -314,10 +426,11 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert_same_bits(trained(broken, "--resume"), whole)
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     result = invoke("--output", tmp_path / "run", *SHORT, "--epochs", 1, "--resume")
-    assert result.exit_code == 0
-    assert "starting from the beginning" in result.stdout
+    assert result.exit_code == 2
+    assert f"no checkpoint in {tmp_path / 'run'} to resume from" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_takes_its_settings_from_the_run(tmp_path: Path) -> None:
@@ -416,15 +529,157 @@ def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trained(tmp_path, "--resume")
 
 
-def test_without_its_libraries_the_command_says_what_to_install() -> None:
-    script = "import sys; sys.modules['click'] = None; from omniadam.cli import main; main()"
-    result = subprocess.run(
+def in_a_process(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
         [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": SOURCE} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_without_the_extra_all_but_a_run_works(tmp_path: Path) -> None:
+    """And `train --help`, too; a run says what to install."""
+    script = f"""
+import os, sys
+for name in {[*NEEDED, "click"]}:
+    sys.modules[name] = None
+from omniadam.cli import main
+for arguments in ["--version"], ["--help"], ["info"], ["train", "--help"], ["train"]:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(arguments, "ended with", end.code)
+print(os.listdir())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert result.returncode == 1
-    assert "needs click" in result.stderr and "omniadam[demo]" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if "ended with" in line]
+    packages = ", ".join(NEEDED.values())
+    assert ends == [
+        "['--version'] ended with 0",
+        "['--help'] ended with 0",
+        "['train', '--help'] ended with 0",
+        f"['train'] ended with Error: omniadam train needs {packages}: "
+        "pip install 'omniadam[demo]'",
+    ]
+    assert done.stdout.startswith(f"omniadam {omniadam.__version__}\n")
+    assert "kernels:" in done.stdout and "--learning-rate" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_the_extra_is_what_a_run_needs() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extra = project["project"]["optional-dependencies"]["demo"]
+    names = {re.split(r"[>\[]", each.removeprefix("omniadam["))[0].rstrip("]") for each in extra}
+    assert names == set(NEEDED.values())
+
+
+def test_without_a_command_it_shows_its_help() -> None:
+    alone, asked = call(), call("--help")
+    assert alone.exit_code == 0 and alone.stdout == asked.stdout
+    assert all(name in alone.stdout for name in ("info", "train", "--version"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["infos"], ["--verbose"], ["info", "--js"], ["train", "--ep", "1"]]
+)
+def test_what_is_no_command_or_option_is_an_error_in_two_lines(arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2 and not result.stdout
+    hint, error = result.stderr.splitlines()
+    assert "--help" in hint and "error:" in error
+
+
+def test_the_best_epoch_is_that_of_the_most_accuracy_and_then_of_the_least_loss() -> None:
+    history = np.array([[1, 0, 0.1, 0.8], [1, 0, 0.9, 0.9], [1, 0, 0.5, 0.9], [0, 1, 0.5, 0.9]])
+    assert curves.best_epoch(history) == 2
+
+
+# --- omniadam info --------------------------------------------------------------------------------
+
+
+def test_info_is_what_a_report_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNIADAM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMNIADAM_NUM_THREADS", "3")
+    found = omniadam.info()
+    assert set(found) == set(Info.__annotations__)
+    assert found["libraries"]["numpy"] == np.__version__ and "numba" in found["libraries"]
+    assert found["kernels"] == "compiled by Numba" and found["threads"] == 3
+    assert found["cache"] == {
+        "folder": str(tmp_path / "cache"),
+        "writable": True,
+        "files": 0,
+        "bytes": 0,
+    }
+    (tmp_path / "cache" / "kernel").write_bytes(b"12345")
+    assert omniadam.info()["cache"]["bytes"] == 5
+    assert found["variables"]["OMNIADAM_NUM_THREADS"] == "3"
+
+    text = call("info")
+    assert text.exit_code == 0 and not text.stderr
+    for words in (np.__version__, omniadam.__version__, "3 in a large step", str(tmp_path)):
+        assert words in text.stdout
+    again = json.loads(call("info", "--json").stdout)
+    assert again == json.loads(json.dumps(omniadam.info()))
+
+    monkeypatch.setenv("OMNIADAM_CACHE_DIR", str(tmp_path / "cache" / "kernel" / "below"))
+    monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
+    found = omniadam.info()
+    assert found["kernels"] == "NumPy only: OMNIADAM_KERNEL is numpy"
+    assert not found["cache"]["writable"] and "cannot be written" in call("info").stdout
+    monkeypatch.setenv("OMNIADAM_KERNEL", "fortran")
+    assert call("info").stderr.startswith("Error: OMNIADAM_KERNEL must be")
+
+
+def test_info_imports_no_library_and_asks_those_that_are() -> None:
+    script = """
+import sys, types
+import omniadam
+assert omniadam.info()["devices"] == {}
+print(sorted({"torch", "jax", "tensorflow", "keras", "numba"} & set(sys.modules)))
+sys.modules["torch"] = None
+sys.modules["jax"] = types.SimpleNamespace(
+    devices=lambda: [types.SimpleNamespace(platform="gpu", id=1, device_kind="A")]
+)
+print(omniadam.info()["devices"])
+"""
+    done = in_a_process(script)
+    assert done.returncode == 0, done.stderr
+    none, devices = done.stdout.splitlines()
+    assert none == "[]"
+    assert "no answer: AttributeError" in devices and "'jax': ['gpu:1 (A)']" in devices
+
+
+@pytest.mark.needs("torch", "jax", "tensorflow")
+def test_info_of_every_librarys_devices() -> None:
+    script = "import torch, jax, tensorflow, omniadam; print(omniadam.info()['devices'])"
+    done = in_a_process(script, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "'jax': ['cpu:0 (cpu)'" in done.stdout and "CPU:0" in done.stdout
+    assert "'torch': ['cpu'" in done.stdout
+
+
+def test_what_is_slow_is_said_once_and_told_again_by_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "reasons", [])
+    with pytest.warns(RuntimeWarning, match="slow here: no wheels. Results are the same") as said:
+        slow.warn("no wheels.")
+        slow.warn("no wheels.")
+    assert len(said) == 1
+    assert omniadam.info()["slow"] == ["no wheels."]
+    assert re.search("slow: +no wheels.", call("info").stdout)
+    # As the warning itself says, it is silenced.
+    with warnings.catch_warnings():
+        exec(
+            str(said[0].message).partition("To silence this: ")[2].rstrip("."),
+            {"warnings": warnings},
+        )
+        slow.warn("no road.")

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 from . import schedules
 from .adam import Adam, AdamW
 from .compat.migration import migrate
+from .environment import info
 from .optimizer import Optimizer
 from .sparse import IndexedSlices
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "migrate", "schedules"]
+__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "info", "migrate", "schedules"]
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from . import fast, options, versions
+from . import fast, options, slow, versions
 
 with versions.imported("torch", user="omniadam.torch"):
     import torch
@@ -723,6 +723,12 @@ def _is_watched() -> bool:
     try:
         return bool(torch._C._len_torch_dispatch_stack())
     except AttributeError:  # it is no public interface
+        slow.warn_gone(
+            "torch",
+            torch.__version__,
+            "`torch._C._len_torch_dispatch_stack`",
+            "steps of omniadam.torch are made by torch's own functions, not by the kernels",
+        )
         return True
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .. import options, versions
+from .. import options, slow, versions
 
 with versions.imported("tensorflow"):
     import tensorflow as tf
@@ -639,10 +639,13 @@ def is_ordered(otherwise: bool = False) -> bool:
     and in what tf.function traces. Not in a graph of TensorFlow 1, nor in the branches and loops
     of one, nor in a function of `tf.compat.v1.wrap_function`.
     """
-    # Not public; without it a step in a function is an operation too, which is slower to trace.
-    return tf.executing_eagerly() or bool(
-        getattr(tf.compat.v1.get_default_graph(), "_add_control_dependencies", otherwise)
-    )
+    if tf.executing_eagerly():
+        return True
+    graph, name = tf.compat.v1.get_default_graph(), "_add_control_dependencies"
+    if not hasattr(graph, name):  # it is not public
+        cost = "a step in a tf.function is an operation, which is slower to trace"
+        slow.warn_gone("tensorflow", tf.__version__, f"`{name}` of a graph", cost)
+    return bool(getattr(graph, name, otherwise))
 
 
 def _in_graph_of_1() -> bool:

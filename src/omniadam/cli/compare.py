@@ -13,6 +13,8 @@ from omniadam.cli.run import Run
 REMARK = """\
 Libraries round matrix products differently: weights agree to a few roundings until a relu's input
 falls on the other side of zero in one of them, where runs part. Steps that compile are not timed.
+Below a library is its own Adam, in the same run. PyTorch's and optax's have epsilon elsewhere, and
+Keras's rounds otherwise.
 """
 
 
@@ -22,6 +24,7 @@ class Result:
 
     title: str
     problem: str = ""
+    is_own: bool = False  # of the library's own Adam, and no run of omniadam's
     loss: float = 0.0
     accuracy: float = 0.0
     seconds: list[float] = field(default_factory=list)  # of the optimizer in each step
@@ -30,7 +33,7 @@ class Result:
 
     def note(self, run: Run) -> None:
         """Take down what is to be said of a run; called after each epoch."""
-        self.title = run.framework.title
+        self.title = run.title
         self.loss, _, _, self.accuracy = run.history[-1]
         self.seconds = run.optimizer_seconds
         self.late = run.weights()
@@ -47,17 +50,18 @@ def largest_difference(weights: Sequence[Array], others: Sequence[Array]) -> flo
 
 
 def table(results: Sequence[Result], epochs: int) -> str:
-    """A row a library. The first is what the others are compared with."""
+    """A row a run. The first is what the others are compared with."""
     first, *others = results
-    width = max(len(result.title) for result in results)
+    titles = ["  " * result.is_own + result.title for result in results]
+    width = max(map(len, titles))
     reference = first.title.partition(" ")[0]
     lines = [
         f"{'':{width}}   final      test  optimizer  largest difference from {reference}'s weights",
         f"{'':{width}}    loss  accuracy  ms a step  after epoch 1  after epoch {epochs}",
         f"{first.title:{width}}{measured(first)}",
     ]
-    for result in others:
-        row = f"{result.title:{width}}"
+    for result, title in zip(others, titles[1:], strict=True):
+        row = f"{title:{width}}"
         if result.problem:
             row += f"  {result.problem}"
         else:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import autograd.numpy as anp
 import numpy as np
-from autograd.tracer import getval
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
@@ -75,19 +74,25 @@ def numpy_relu(x: Any) -> Any:
     return x * (x > 0)
 
 
-def numpy_log_softmax(x: Any) -> Any:
-    """The rows' logarithms of probabilities. autograd can trace it."""
-    x = x - np.max(getval(x), axis=1, keepdims=True)  # against overflow; no part of the derivative
-    return x - anp.log(anp.sum(anp.exp(x), axis=1, keepdims=True))
+@cache
+def on_numpy() -> Functions:
+    """NumPy's functions as autograd can trace them. It is imported here: --help needs none."""
+    import autograd.numpy as anp
+    from autograd.tracer import getval
 
+    def log_softmax(x: Any) -> Any:
+        # Against overflow; no part of the derivative.
+        x = x - np.max(getval(x), axis=1, keepdims=True)
+        return x - anp.log(anp.sum(anp.exp(x), axis=1, keepdims=True))
 
-ON_NUMPY = Functions(anp.dot, numpy_relu, numpy_log_softmax, anp.sum)
+    return Functions(anp.dot, numpy_relu, log_softmax, anp.sum)
 
 
 def log_probabilities(
-    parameters: Sequence[Any], images: Any, functions: Functions = ON_NUMPY
+    parameters: Sequence[Any], images: Any, functions: Functions | None = None
 ) -> Any:
     """The network: relu between dense layers, log-softmax at the end."""
+    functions = functions or on_numpy()
     *hidden, (kernel, bias) = zip(parameters[::2], parameters[1::2], strict=True)
     x = images
     for weights, offset in hidden:
@@ -96,9 +101,10 @@ def log_probabilities(
 
 
 def cross_entropy(
-    parameters: Sequence[Any], examples: Examples, functions: Functions = ON_NUMPY
+    parameters: Sequence[Any], examples: Examples, functions: Functions | None = None
 ) -> Any:
     """The mean of -log(probability of the right digit)."""
+    functions = functions or on_numpy()
     right = examples.digits * log_probabilities(parameters, examples.images, functions)
     return functions.sum(right) * np.float32(-1 / len(examples))
 

@@ -84,7 +84,7 @@ class NumPy(Framework):
         self._differentiated = value_and_grad(self._loss)
 
     def _functions(self) -> Functions:
-        return digits.ON_NUMPY
+        return digits.on_numpy()
 
     def variable(self, value: Array) -> Array:
         return value.copy()

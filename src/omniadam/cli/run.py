@@ -1,8 +1,9 @@
 """One training run: its settings, its state between two epochs, and the way to and from a file."""
 
+import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,9 +15,15 @@ from numpy.typing import NDArray
 from omniadam import Adam, schedules
 from omniadam.cli import checkpoint, digits
 from omniadam.cli.digits import Array, Examples
-from omniadam.cli.frameworks import FRAMEWORKS
+from omniadam.cli.frameworks import FRAMEWORKS, Framework
 from omniadam.schedules import LearningRateSchedule
 
+# Adam's settings where nothing else is said.
+USUAL: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Adam).parameters.items()
+    if name != "name"
+}
 FORMAT = 1  # of the checkpoint; a file with another number is not read
 
 
@@ -75,16 +82,30 @@ class Run:
         schedule = SCHEDULES[settings.schedule]
         steps = settings.schedule_epochs * self.steps_per_epoch
         rate = schedule(settings.adam["learning_rate"], steps)
-        self.optimizer = Adam(**{**settings.adam, "learning_rate": rate})
-        self.framework = FRAMEWORKS[settings.framework](self.optimizer.scale_loss)
+        adam = {**settings.adam, "learning_rate": rate}
+        self.optimizer = Adam(**adam)
+        library = self._library()
+        self.framework = library(self.optimizer.scale_loss)
         self.parameters = {
             name: self.framework.variable(value)
             for name, value in digits.initial_parameters(settings.seed).items()
         }
-        self.optimizer.build(self.parameters)
+        self._begin(adam)
         self.optimizer_seconds: list[float] = []  # of each step made here
         # An epoch a row: loss and accuracy on what is learned from, loss and accuracy on the test.
         self.history: list[tuple[float, float, float, float]] = []
+
+    def _library(self) -> type[Framework]:
+        return FRAMEWORKS[self.settings.framework]
+
+    def _begin(self, adam: dict[str, Any]) -> None:
+        """Make ready what makes the steps: here the optimizer, of these settings."""
+        self.optimizer.build(self.parameters)
+
+    @property
+    def title(self) -> str:
+        """What makes the steps, and its version."""
+        return self.framework.title
 
     @property
     def variables(self) -> list[Any]:
@@ -102,13 +123,16 @@ class Run:
 
     def step(self, batch: Examples) -> float:
         """One update from one batch. Returns the loss before it."""
+        loss, gradients = self.framework.loss_and_gradients(self.variables, batch)
+        self._update(gradients)
+        return loss / (self.settings.adam["loss_scale_factor"] or 1.0)
+
+    def _update(self, gradients: Sequence[Any]) -> None:
         variables = self.variables
-        loss, gradients = self.framework.loss_and_gradients(variables, batch)
         start = perf_counter()
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         self.framework.numpy(variables[-1])  # a library may work on when it has returned
         self.optimizer_seconds.append(perf_counter() - start)
-        return loss / (self.settings.adam["loss_scale_factor"] or 1.0)
 
     def train_epoch(self, progress: Callable[[float], object]) -> None:
         """Go through the examples once, and tell `progress` the loss of each step."""

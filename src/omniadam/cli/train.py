@@ -1,25 +1,23 @@
 """`omniadam train`: its options, and what it says."""
 
-import inspect
+import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import click
 import numpy as np
-from click.core import ParameterSource
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
-from omniadam import Adam
 from omniadam.cli import checkpoint, compare, curves, digits
 from omniadam.cli.frameworks import FRAMEWORKS
-from omniadam.cli.run import SCHEDULES, Run, Settings, stored_settings
+from omniadam.cli.peers import PEERS, NotComparable, PeerRun
+from omniadam.cli.run import SCHEDULES, USUAL, Run, Settings, stored_settings
 
-# Defaults are Adam's own, read from its signature.
+# Defaults are Adam's own.
 HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "Step size; with --schedule, the one to start from."),
     "beta_1": (float, "Decay of the average of gradients."),
@@ -36,111 +34,207 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "loss_scale_factor": (float, "Multiply the loss, divide the gradients."),
     "gradient_accumulation_steps": (int, "Update once for so many batches."),
 }
-
-
-def hyperparameters(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each hyperparameter of Adam."""
-    signature = inspect.signature(Adam).parameters
-    for name, (kind, text) in reversed(HYPERPARAMETERS.items()):
-        flag = "--" + name.replace("_", "-")
-        default = signature[name].default
-        command = click.option(
-            f"{flag}/--no{flag[1:]}" if kind is bool else flag,
-            name,
-            type=kind,
-            default=default,
-            show_default="none" if default is None else True,
-            help=text,
-        )(command)
-    return command
-
-
 ALL = "all"
+# Of every option that the numbers of a run depend on, unless it is given or a run is resumed.
+DEFAULTS: dict[str, Any] = {
+    "framework": "numpy",
+    "epochs": 25,
+    "batch_size": 32,
+    **USUAL,
+    "schedule": "none",
+    "schedule_epochs": None,
+    "seed": 0,
+}
+# What the extra "demo" brings, by the names that are imported.
+NEEDED = {
+    "autograd": "autograd",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "threadpoolctl",
+    "tqdm": "tqdm",
+}
 
 
-class NotInstalled(click.ClickException):
+class Refused(Exception):
+    """What the user is told in a line, before the command ends."""
+
+    status = 1
+
+
+class UsageError(Refused):
+    """An option that cannot be, or not beside another."""
+
+    status = 2
+
+
+class NotInstalled(Refused):
     """The library of a run is not there."""
 
 
-@click.command(context_settings={"max_content_width": 100})
-@click.option(
-    "--framework",
-    type=click.Choice([*FRAMEWORKS, ALL]),
-    default="numpy",
-    show_default=True,
-    help="Library of the variables and gradients; all makes the run in each and compares.",
-)
-@click.option("--epochs", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@hyperparameters
-@click.option("--schedule", type=click.Choice(SCHEDULES), default="none", show_default=True)
-@click.option(
-    "--schedule-epochs",
-    type=click.IntRange(min=1),
-    help="Length of the schedule.  [default: the run's --epochs]",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Decides the initial weights and the order of the batches.",
-)
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/digits"),
-    show_default=True,
-    help="Folder for the checkpoint, the model and the picture.",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
-@click.pass_context
-def train(
-    context: click.Context,
-    /,
-    output: Path,
-    resume: bool,
-    overwrite: bool,
-    **options: Any,
-) -> None:
-    """Train a small network on scikit-learn's handwritten digits with omniadam.Adam.
+def integer(least: int) -> Callable[[str], int]:
+    """What reads an integer that is no smaller."""
 
-    Variables and gradients are NumPy's (by autograd) or another library's. Takes some seconds. A
-    run that was stopped, by whatever, goes on with --resume and ends in the same numbers as one
-    that was not.
+    def read(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}: {text!r}")
+
+    return read
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser(
+        "train",
+        help="Train a small network on handwritten digits (needs omniadam[demo]).",
+        description=(
+            "Train a small network on scikit-learn's handwritten digits with omniadam.Adam. "
+            "Variables and gradients are NumPy's (by autograd) or another library's. Takes some "
+            "seconds. A run that was stopped, by whatever, goes on with --resume and ends in the "
+            "same numbers as one that was not."
+        ),
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+        # What is not given is told from what is given and is the default: see `resumed_settings`.
+        argument_default=argparse.SUPPRESS,
+    )
+
+    def add(name: str, text: str, default: str = "", **settings: Any) -> None:
+        if not default:
+            value = DEFAULTS[name]
+            default = "none" if value is None else "no" if value is False else str(value)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), help=f"{text} Default: {default}.", **settings
+        )
+
+    add(
+        "framework",
+        "Library of the variables and gradients: %(choices)s. With all, the same run is made in "
+        "each, by omniadam's Adam and by the library's own, and compared.",
+        choices=[*FRAMEWORKS, ALL],
+        metavar="NAME",
+    )
+    add("epochs", "How often to go through the examples.", type=integer(1), metavar="N")
+    add("batch_size", "Examples in a step.", type=integer(1), metavar="N")
+    for name, (kind, text) in HYPERPARAMETERS.items():
+        if kind is bool:
+            add(name, text, action=argparse.BooleanOptionalAction)
+        else:
+            add(name, text, type=kind, metavar="X" if kind is float else "N")
+    add(
+        "schedule",
+        "How the learning rate comes down: %(choices)s.",
+        choices=list(SCHEDULES),
+        metavar="NAME",
+    )
+    add(
+        "schedule_epochs",
+        "Length of the schedule.",
+        "the run's --epochs",
+        type=integer(1),
+        metavar="N",
+    )
+    text = "Decides the initial weights and the order of the batches."
+    add("seed", text, type=integer(0), metavar="N")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/digits"),
+        metavar="FOLDER",
+        help="Folder for the checkpoint, the model and the picture. Default: %(default)s.",
+    )
+    for name, text in {
+        "resume": "Go on with the run in --output.",
+        "overwrite": "Replace the run in --output.",
+    }.items():
+        parser.add_argument(f"--{name}", action="store_true", default=False, help=text)
+
+    def run(output: Path, resume: bool, overwrite: bool, **given: Any) -> None:
+        try:
+            train(parser.prog, output, resume, overwrite, given)
+        except UsageError as error:
+            parser.error(str(error))
+        except Refused as error:
+            sys.exit(f"Error: {error}")
+
+    parser.set_defaults(run=run)
+
+
+def train(
+    command: str, output: Path, resume: bool, overwrite: bool, given: Mapping[str, Any]
+) -> None:
+    """Do what the options say.
+
+    Args:
+        command: how this one was called, to suggest others.
+        output: the folder of the run.
+        resume: whether to go on with the run that is there.
+        overwrite: whether to replace it.
+        given: the other options, those that were given.
     """
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise NotInstalled(
+            f"omniadam train needs {', '.join(missing)}: pip install 'omniadam[demo]'"
+        )
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file.")
     if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite contradict each other.")
-    if options["framework"] == ALL:
+        raise UsageError("--resume and --overwrite contradict each other.")
+    if given.get("framework") == ALL:
         if resume:
-            raise click.UsageError(
+            raise UsageError(
                 "--framework all starts from the beginning. --resume goes on with one of its runs: "
                 f"--output {shlex.quote(str(output / 'numpy'))} --resume"
             )
-        train_all(context, output, overwrite, options)
+        train_all(command, output, overwrite, given)
     else:
         check_free(output, resume or overwrite)
-        run = train_one(context, output, resume, overwrite, options)
-        report(context, run, output)
+        run = train_one(command, output, resume, overwrite, given)
+        report(command, run, output)
 
 
-def train_all(
-    context: click.Context, output: Path, overwrite: bool, options: dict[str, Any]
-) -> None:
-    """The same run in every library that is there, each in its own folder, and a table."""
+def train_all(command: str, output: Path, overwrite: bool, given: Mapping[str, Any]) -> None:
+    """The same run in every library that is there, each in its own folder, and a table.
+
+    And with each library's own Adam, which leaves nothing on disk.
+    """
     for name in FRAMEWORKS:
         check_free(output / name, overwrite)
     results = []
+    width = max(map(len, (*FRAMEWORKS, *(peer.label for peer in PEERS.values()))))
     for name in FRAMEWORKS:
         result = compare.Result(name)
         results.append(result)
-        own = {**options, "framework": name}
+        own = {**given, "framework": name}
+        label = f"{name:{width}}  "
         try:
-            train_one(context, output / name, False, overwrite, own, f"{name:10}  ", result.note)
+            run = train_one(command, output / name, False, overwrite, own, label, result.note)
         except NotInstalled as missing:
-            result.problem = missing.message
-    click.echo(f"\n{compare.table(results, options['epochs'])}\nThe runs are in {output}/.")
+            result.problem = str(missing)
+            continue
+        if name in PEERS:
+            results.append(train_peer(run, width))
+    epochs = {**DEFAULTS, **given}["epochs"]
+    print(f"\n{compare.table(results, epochs)}\nThe runs are in {output}/.")
+
+
+def train_peer(ours: Run, width: int) -> compare.Result:
+    """The run that ours was, by the library's own Adam."""
+    from threadpoolctl import threadpool_limits
+
+    kind = PEERS[ours.settings.framework]
+    result = compare.Result(kind.label, is_own=True)
+    try:
+        with threadpool_limits(limits=1):  # as in `train_one`
+            run = PeerRun(kind, ours.settings, ours.learn, ours.test)
+            train_to_the_end(run, None, f"{kind.label:{width}}  ", result.note)
+    except ModuleNotFoundError as error:
+        result.problem = not_installed(ours.settings.framework, error)
+    except (FloatingPointError, NotComparable) as error:
+        result.problem = str(error)
+    return result
 
 
 FILES = ("checkpoint.npz", "model.npz", "curves.png")
@@ -149,27 +243,29 @@ FILES = ("checkpoint.npz", "model.npz", "curves.png")
 def check_free(output: Path, is_wanted: bool) -> None:
     """Stop if a folder holds a run and nothing was said about it."""
     if not is_wanted and any((output / name).exists() for name in FILES):
-        raise click.UsageError(
+        raise UsageError(
             f"{output} holds a run. --resume goes on with it, --overwrite replaces it, "
             "another --output leaves it alone."
         )
 
 
 def train_one(
-    context: click.Context,
+    command: str,
     output: Path,
     resume: bool,
     overwrite: bool,
-    options: dict[str, Any],
+    given: Mapping[str, Any],
     label: str = "",
     note: Callable[[Run], object] = lambda run: None,
 ) -> Run:
     """A run from its beginning, or where it stopped, to its end, with everything it leaves behind.
 
-    `note` is called after each epoch, and `label` is put before the progress bar.
+    `note` is called after each epoch, and `label` is put before what is said of the epoch.
     """
+    from threadpoolctl import threadpool_limits
+
     state, model, picture = (output / name for name in FILES)
-    run = open_run(context, options.copy(), state if resume else None)
+    run = open_run(given, state if resume else None)
     name = run.settings.framework
     # A sum that is split between threads depends on how many there are: with one, a run that is
     # resumed on another number of cores keeps its bits. Matrices this small lose nothing.
@@ -185,31 +281,41 @@ def train_one(
             train_to_the_end(run, state, label, note)
             run.save_model(model)
             where = "" if name == "numpy" else f" on {run.framework.title}"
-            title = f"Handwritten digits{where}: {headline(run)}"
-            curves.draw(picture, np.array(run.history), title)
+            title = f"Handwritten digits{where}"
+            curves.draw(picture, np.array(run.history), title, headline(run))
         except OSError as error:
-            raise click.ClickException(f"Cannot write to {output}: {error}") from error
+            raise Refused(f"Cannot write to {output}: {error}") from error
         except FloatingPointError as error:
-            raise click.ClickException(str(error)) from error
+            raise Refused(str(error)) from error
         except KeyboardInterrupt:
-            click.echo(f"Stopped after epoch {run.epoch}. To go on:", err=True)
-            click.echo(f"  {again(context, output)} --resume", err=True)
-            sys.exit(130)
+            stopped(command, output, run)
     return run
 
 
-def open_run(context: click.Context, options: dict[str, Any], file: Path | None) -> Run:
-    """A new run, or the one in `file`, if a file is given and there is one."""
+def stopped(command: str, output: Path, run: Run) -> NoReturn:
+    """End the command that was interrupted, and say how to go on."""
+    print(f"Stopped after epoch {run.epoch}.", file=sys.stderr)
+    if (output / FILES[0]).exists():
+        print(f"To go on:\n  {again(command, output)} --resume", file=sys.stderr)
+    sys.exit(130)
+
+
+def open_run(given: Mapping[str, Any], file: Path | None) -> Run:
+    """A new run, or the one in `file`, if a file is given."""
     stored = None
     if file is not None:
         try:
             stored = checkpoint.load(file)
-            settings = resumed_settings(context, options, stored_settings(stored))
-        except FileNotFoundError:
-            click.echo(f"No checkpoint in {file.parent}: starting from the beginning.")
+            settings = resumed_settings(given, stored_settings(stored))
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"There is no checkpoint in {file.parent} to resume from. Without --resume a new "
+                "run starts there; --output names another folder."
+            ) from error
         except (OSError, ValueError) as error:
-            raise click.ClickException(f"Cannot resume from {file}: {error}") from error
-    if stored is None:
+            raise Refused(f"Cannot resume from {file}: {error}") from error
+    else:
+        options = {**DEFAULTS, **given}
         adam = {name: options.pop(name) for name in HYPERPARAMETERS}
         options["schedule_epochs"] = options["schedule_epochs"] or options["epochs"]
         settings = Settings(adam=adam, **options)
@@ -219,39 +325,35 @@ def open_run(context: click.Context, options: dict[str, Any], file: Path | None)
     except ModuleNotFoundError as error:
         raise NotInstalled(not_installed(settings.framework, error)) from error
     except (TypeError, ValueError) as error:
-        raise click.UsageError(" ".join(str(error).split())) from error
+        raise UsageError(" ".join(str(error).split())) from error
     if stored is not None:
         run.load(stored)
-        click.echo(f"Resuming after epoch {run.epoch} of {settings.epochs}.")
+        print(f"Resuming after epoch {run.epoch} of {settings.epochs}.")
     return run
 
 
 def not_installed(framework: str, error: ModuleNotFoundError) -> str:
     """What is missing, and what to do."""
     library = str(error.name).partition(".")[0]
-    package = f"'omniadam[{library}]'" if library in FRAMEWORKS else library
+    has_extra = library in FRAMEWORKS or library == "optax"
+    package = f"'omniadam[{library}]'" if has_extra else library
     other = ", or set KERAS_BACKEND" if framework == "keras" != library else ""
     return f"{library} is not installed: pip install {package}{other}"
 
 
-def resumed_settings(context: click.Context, options: dict[str, Any], stored: Settings) -> Settings:
+def resumed_settings(given: Mapping[str, Any], stored: Settings) -> Settings:
     """The stored settings, with --epochs raised or --framework changed where it was given.
 
     No other may differ.
     """
-    before = stored.flat()
-    given = {
-        name: value
-        for name, value in options.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    framework = given.pop("framework", stored.framework)  # state is the same in each
-    epochs = given.get("epochs", stored.epochs)
+    before, others = stored.flat(), dict(given)
+    framework = others.pop("framework", stored.framework)  # state is the same in each
+    epochs = others.get("epochs", stored.epochs)
     if epochs > stored.epochs:
-        del given["epochs"]
-    for name, value in given.items():
+        del others["epochs"]
+    for name, value in others.items():
         if value != before[name]:
-            raise click.UsageError(
+            raise UsageError(
                 f"--{name.replace('_', '-')} is {value}, but the run to resume was started with "
                 f"{before[name]}. Leave the option out, or start another run with --output."
                 + (" --epochs can only be raised." if name == "epochs" else "")
@@ -260,11 +362,18 @@ def resumed_settings(context: click.Context, options: dict[str, Any], stored: Se
 
 
 def train_to_the_end(
-    run: Run, file: Path, label: str = "", note: Callable[[Run], object] = lambda run: None
+    run: Run, file: Path | None, label: str = "", note: Callable[[Run], object] = lambda run: None
 ) -> None:
-    """Train the epochs that are left, with a progress bar and a checkpoint after each."""
+    """Train the epochs that are left, with a checkpoint after each if a file is given.
+
+    On a terminal a progress bar is shown; elsewhere, in a log, a line is written for each epoch.
+    """
+    from tqdm import tqdm
+
     steps, epochs = run.steps_per_epoch, run.settings.epochs
-    with tqdm(total=epochs * steps, initial=run.epoch * steps, unit="step") as bar:
+    is_shown = sys.stderr.isatty()
+    settings: dict[str, Any] = {"total": epochs * steps, "initial": run.epoch * steps}
+    with tqdm(**settings, unit="step", disable=not is_shown) as bar:
         accuracy = f", test accuracy {run.history[-1][3]:.2%}" if run.history else ""
         losses: list[float] = []
 
@@ -277,30 +386,33 @@ def train_to_the_end(
             bar.set_description(f"{label}epoch {run.epoch + 1}/{epochs}", refresh=False)
             losses.clear()
             run.train_epoch(progress)
-            run.save(file)
+            if file is not None:
+                run.save(file)
             note(run)
-            accuracy = f", test accuracy {run.history[-1][3]:.2%}"
-        loss = run.history[-1][0]
-        bar.set_postfix_str(f"loss {loss:.4f}{accuracy}")
+            loss, accuracy = run.history[-1][0], f", test accuracy {run.history[-1][3]:.2%}"
+            if not is_shown:
+                line = f"{label}epoch {run.epoch}/{epochs}: loss {loss:.4f}{accuracy}"
+                print(line, file=sys.stderr, flush=True)
+        bar.set_postfix_str(f"loss {run.history[-1][0]:.4f}{accuracy}")
 
 
 def headline(run: Run) -> str:
     """The result in a line."""
     accuracy, examples = run.history[-1][3], len(run.test)
     right = round(accuracy * examples)
-    return f"test accuracy {accuracy:.2%} after {run.epoch} epochs ({right} of {examples})"
+    epochs = f"{run.epoch} epoch{'s' * (run.epoch > 1)}"
+    return f"test accuracy {accuracy:.2%} after {epochs} ({right} of {examples})"
 
 
-def again(context: click.Context, output: Path) -> str:
+def again(command: str, output: Path) -> str:
     """The command that starts on this folder."""
-    return f"{context.command_path} --output {shlex.quote(str(output))}"
+    return f"{command} --output {shlex.quote(str(output))}"
 
 
-def report(context: click.Context, run: Run, output: Path) -> None:
+def report(command: str, run: Run, output: Path) -> None:
     """Say what came out, where it is, and what could be next."""
-    new = context.command_path
     files = [output / name for name in FILES]
-    click.echo(f"\n{headline(run).capitalize()}\n")
+    print(f"\n{headline(run).capitalize()}\n")
     for file, content in zip(
         files,
         (
@@ -310,13 +422,13 @@ def report(context: click.Context, run: Run, output: Path) -> None:
         ),
         strict=True,
     ):
-        click.echo(f"  {file!s:<{max(len(str(file)) for file in files)}}  {content}")
-    click.echo(
+        print(f"  {file!s:<{max(len(str(file)) for file in files)}}  {content}")
+    print(
         f"""
 To try next:
-  {again(context, output)} --resume --epochs {run.epoch * 2}
-  {new} --output runs/cosine --schedule cosine --learning-rate 0.003
-  {new} --output runs/steady --use-ema --weight-decay 0.01 --global-clipnorm 1
-  {new} --output runs/all --framework all
-  {new} --help"""
+  {again(command, output)} --resume --epochs {run.epoch * 2}
+  {command} --output runs/cosine --schedule cosine --learning-rate 0.003
+  {command} --output runs/steady --use-ema --weight-decay 0.01 --global-clipnorm 1
+  {command} --output runs/all --framework all
+  {command} --help"""
     )

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .. import slow
 from ..backends import jax as plain
 from ..backends.base import FLOATS, Advance, Entry, Fast, Group, Latest, Selection, Sums
 from ..backends.functional import Functional, NotOurs, Pure
@@ -511,9 +512,17 @@ def look_for_traces() -> Callable[[], bool]:
         jax.vmap(looked)(np.zeros(2, np.float32))
         is_right = [each is True for each in found] == [True, False, False]
     except Exception:  # whatever another version may say to that
-        return plain.nothing_is_traced
-    own: Callable[[], bool] = trace_state_clean
-    return own if is_right else plain.nothing_is_traced
+        is_right = False
+    if is_right:
+        own: Callable[[], bool] = trace_state_clean
+        return own
+    slow.warn_gone(
+        "jax",
+        jax.__version__,
+        "`jax._src.core.trace_state_clean`",
+        "each step runs an operation to learn whether it is traced",
+    )
+    return plain.nothing_is_traced
 
 
 @cache
@@ -523,9 +532,18 @@ def refs_are_open() -> bool:
         ref, other = jax.new_ref(jnp.zeros(())), jnp.ones(())
         is_known = type(ref._refs._buf) is type(other)
         ref._refs._buf = other
-        return is_known and float(ref[...]) == 1.0 and float(jax.jit(lambda: ref[...])()) == 1.0
+        is_read = float(ref[...]) == 1.0 and float(jax.jit(lambda: ref[...])()) == 1.0
+        is_right = is_known and is_read
     except Exception:
-        return False
+        is_right = False
+    if not is_right:
+        slow.warn_gone(
+            "jax",
+            jax.__version__,
+            "`_refs._buf` of a Ref",
+            "each step spends some 10 us of Python on each Ref",
+        )
+    return is_right
 
 
 # --- the kernels of the CPU ---
@@ -592,9 +610,17 @@ def kernels_work() -> bool:
         with jax.default_device(jax.devices("cpu")[0]):
             w, m, v = jax.jit(call)(job.plan, c, w, zero, zero, g)
         atexit.register(_wait_for_steps)
-        return [*w.tolist(), *m.tolist(), *v.tolist()] == [0.0, 3.0, 3.0, -4.0, 9.0, 16.0]
+        is_right = [*w.tolist(), *m.tolist(), *v.tolist()] == [0.0, 3.0, 3.0, -4.0, 9.0, 16.0]
     except Exception:
-        return False
+        is_right = False
+    if not is_right and cpu.available():  # else it is known why
+        slow.warn_gone(
+            "jax",
+            jax.__version__,
+            "foreign functions that take machine code",
+            "steps on the CPU are left to XLA, which passes over memory once for each array",
+        )
+    return is_right
 
 
 def _wait_for_steps() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import slow
 from ..kernels import cpu, jit
 
 _HEADER = object.__basicsize__
@@ -55,7 +56,7 @@ def _is_laid_out() -> bool:
     probe = np.zeros((2, 3), np.float32)
     holder = [None, probe]
     a = id(probe)
-    return (
+    is_right = (
         _word(_word(id(holder) + _ITEMS) + 8) == a
         and _word(a + _TYPE) == id(np.ndarray)
         and _word(a + _DATA) == probe.ctypes.data
@@ -64,6 +65,11 @@ def _is_laid_out() -> bool:
         and _word(a + _DESCRIPTOR) == id(np.dtype(np.float32))
         and _word(a + _FLAGS) & 0xFFFFFFFF == probe.flags.num
     )
+    if not is_right:
+        slow.warn_gone(
+            "numpy", np.__version__, "the layout of an array", "each step asks each array in Python"
+        )
+    return is_right
 
 
 def _build() -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import slow
 from ..kernels import cpu, jit
 from ..kernels.cpu import Team, Work
 from ..tuned import SPINNING
@@ -61,6 +62,8 @@ class OpenMP(Team):
         counted = array("q", [0])
         self._parallel(_counting(), counted.buffer_info()[0], 2, 0)
         self._is_useless = not 1 <= counted[0] <= 2
+        if self._is_useless:
+            _say_that_it_is_gone()
         self._entry = _running()
 
     def give_up(self) -> None:
@@ -95,7 +98,17 @@ def _runtime() -> Parallel | None:
         found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         found.restype = None
         return found  # type: ignore[no-any-return]
+    _say_that_it_is_gone()
     return None
+
+
+def _say_that_it_is_gone() -> None:
+    slow.warn_gone(
+        "torch",
+        torch.__version__,
+        "`GOMP_parallel` in the OpenMP runtime that it is linked with",
+        "threads of omniadam's own wait for the cores that torch's threads hold",
+    )
 
 
 def _running() -> int:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from .. import slow
 from ..backends import tensorflow as plain
 from ..backends.base import (
     Advance,
@@ -461,9 +462,17 @@ def is_called_flat() -> bool:
             one = tf.TensorSpec((), tf.float32)
             function = tf.function(decoy, input_signature=[one, one], autograph=False)
             found = _flat_caller(function.get_concrete_function())([two, tf.constant(1.0)])
-            return [float(each) for each in found] == [4.0, 1.0] and float(variable) == 4.0
+            values = [float(each) for each in found]
+            is_right = values == [4.0, 1.0] and float(variable) == 4.0
     except Exception:  # whatever another version may say to that
-        return False
+        is_right = False
+    if not is_right:
+        _say_that_it_is_gone("`call_flat` of a concrete function", "each step takes longer to call")
+    return is_right
+
+
+def _say_that_it_is_gone(names: str, cost: str) -> None:
+    slow.warn_gone("tensorflow", tf.__version__, names, cost)
 
 
 Looks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -486,8 +495,12 @@ def looks_of_tensors() -> Looks:
                 for each in decoys
             )
     except Exception:
-        return public
-    return private if is_right else public
+        is_right = False
+    if is_right:
+        return private
+    names = "`_shape_tuple` or `_datatype_enum` of an eager tensor"
+    _say_that_it_is_gone(names, "each step takes longer to look at its gradients")
+    return public
 
 
 @cache
@@ -496,9 +509,16 @@ def is_xla_there() -> bool:
     try:
         with tf.init_scope(), tf.device("CPU"):
             one = tf.constant(1.0)
-            return float(tf.function(lambda: one + one, autograph=False, jit_compile=True)()) == 2.0
+            two = tf.function(lambda: one + one, autograph=False, jit_compile=True)()
+            is_there = float(two) == 2.0
     except Exception:  # whatever a build may say
-        return False
+        is_there = False
+    if not is_there:
+        slow.warn(
+            f"this build of tensorflow {tf.__version__} cannot compile by XLA, so that steps in a "
+            "tf.function are TensorFlow's own operations."
+        )
+    return is_there
 
 
 @cache
@@ -522,7 +542,12 @@ def look_for_xla() -> Callable[[Any], bool] | None:
             for function in decoy, outer:
                 for by_xla in None, True:
                     tf.function(function, autograph=False, jit_compile=by_xla)()
+        is_right = [each is True for each in found] == [False, True] * 2
     except Exception:
-        return None
-    tells: Callable[[Any], bool] = GraphOrParentsInXlaContext
-    return tells if [each is True for each in found] == [False, True] * 2 else None
+        is_right = False
+    if is_right:
+        tells: Callable[[Any], bool] = GraphOrParentsInXlaContext
+        return tells
+    cost = "steps in a tf.function are not compiled by XLA"
+    _say_that_it_is_gone("`GraphOrParentsInXlaContext`", f"{cost}, and their norms are in double")
+    return None

@@ -12,7 +12,6 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from operator import attrgetter, is_
 from typing import Any, cast
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import optimizer
 
+from .. import slow
 from ..backends.base import Entry, Fast, Selection
 from ..backends.host import Gradients
 from ..kernels.cpu import Team
@@ -92,8 +92,15 @@ class FastTorch(Fast):
 @cache
 def _hide_from_compiler() -> None:
     """Let torch.compile call a step, not trace it: it would meet pointers, and compile in vain."""
-    with suppress(Exception):  # it is no public interface; steps are right without it, too
+    try:
         sys.modules["torch._dynamo"].trace_rules.add(__name__.partition(".")[0])
+    except Exception:  # it is no public interface; steps are right without it, too
+        slow.warn_gone(
+            "torch",
+            torch.__version__,
+            "`torch._dynamo.trace_rules.add`",
+            "torch.compile traces steps in vain before it calls them",
+        )
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:
@@ -129,7 +136,13 @@ def is_observed(stepping: Any) -> bool:
             return True
         # What is being compiled cannot ask.
         return not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
-    except AttributeError:  # another version of torch has other names for them
+    except AttributeError as error:  # another version of torch has other names for them
+        slow.warn_gone(
+            "torch",
+            torch.__version__,
+            f"what tells whether anybody observes a step ({error})",
+            "each step of omniadam.torch runs torch's hooks and its profiler's record",
+        )
         return True
 
 
@@ -242,9 +255,17 @@ def _compiled_comparison(tensors: Sequence[Tensor]) -> Comparison:
 def _is_compiled_comparison_right() -> bool:
     """Whether this version of torch has it, and it means here what this file believes it means."""
     try:
-        return _tells_apart(_compiled_comparison)
+        is_right = _tells_apart(_compiled_comparison)
     except Exception:  # whatever another version may say to such a call
-        return False
+        is_right = False
+    if not is_right:
+        slow.warn_gone(
+            "torch",
+            torch.__version__,
+            "`torch._C._dynamo.guards.TensorGuards`",
+            "each step compares its tensors one by one",
+        )
+    return is_right
 
 
 def _plain_comparison(tensors: Sequence[Tensor]) -> Comparison:

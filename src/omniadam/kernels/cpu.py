@@ -13,7 +13,6 @@ import math
 import os
 import threading
 import time
-import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import rule as arithmetic
-from .. import versions
+from .. import slow, versions
 from ..rule import MEASURES, Pass, PassCoefficients, Rule
 from ..tuned import CHUNK, PARALLEL
 from . import jit
@@ -64,28 +63,45 @@ Int64s = npt.NDArray[np.int64]
 
 def available() -> bool:
     """Whether the compiled kernels can be used: Numba is there and OMNIADAM_KERNEL allows it."""
+    if _switched_off():
+        return False
+    if problem := _numba_problem():
+        needed = f"numba>={versions.OLDEST['numba']}"
+        slow.warn(
+            f"{problem}, so that steps run on NumPy, several times slower: pip install '{needed}'. "
+            "Where that is meant, OMNIADAM_KERNEL=numpy says so."
+        )
+    return not problem
+
+
+def why_not() -> str:
+    """Why the compiled kernels cannot be used, in words; empty if they can."""
+    return _switched_off() or _numba_problem()
+
+
+def _switched_off() -> str:
     choice = os.environ.get("OMNIADAM_KERNEL", "")
     if choice not in ("", "numba", "numpy"):
         raise ValueError(f"OMNIADAM_KERNEL must be 'numba' or 'numpy'. Received: {choice!r}")
-    is_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    return choice != "numpy" and not is_off and _numba_installed()
+    if choice == "numpy":
+        return "OMNIADAM_KERNEL is numpy"
+    off = os.environ.get("NUMBA_DISABLE_JIT", "0")
+    return f"NUMBA_DISABLE_JIT is {off}" if off not in ("", "0") else ""
 
 
 @cache
-def _numba_installed() -> bool:
+def _numba_problem() -> str:
     from importlib.util import find_spec
 
-    if find_spec("numba") is None or find_spec("llvmlite") is None:
-        return False
+    if missing := [name for name in ("numba", "llvmlite") if find_spec(name) is None]:
+        return f"{missing[0]} is not installed"
     found = version("numba")
     if versions.is_too_old("numba", found):
-        warnings.warn(
-            f"omniadam's kernels need numba {versions.OLDEST['numba']} or newer. Found numba "
-            f"{found}: steps run on NumPy, several times slower.",
-            stacklevel=2,
+        return (
+            f"omniadam's kernels need numba {versions.OLDEST['numba']} or newer; "
+            f"numba {found} is installed"
         )
-        return False
-    return True
+    return ""
 
 
 # --- what the kernels are made of; everything below this line up to `_kernel` runs inside Numba ---
@@ -442,12 +458,17 @@ def _chosen_threads(setting: str) -> int:
     return int(setting)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @cache
 def _default_threads(openmp: str) -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    most = cores()
     outermost = openmp.partition(",")[0].strip()  # it may be a list, by depth of nesting
-    return min(cores, int(outermost)) if outermost.isdecimal() and int(outermost) else cores
+    return min(most, int(outermost)) if outermost.isdecimal() and int(outermost) else most
 
 
 class Work:

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import slow
+
 # A kernel takes the address of its job, and returns 0.
 Kernel = Callable[[int, int, int], int]
 
@@ -235,3 +237,24 @@ def _write(key: str, code: bytes) -> None:
         except OSError:
             continue  # full or read-only: compiling again each time is slower, not wrong
         return
+    slow.warn(
+        f"compiled kernels cannot be kept in {' or '.join(map(str, _folders()))}, so that each "
+        "process compiles them again, for seconds. OMNIADAM_CACHE_DIR names another folder, to "
+        "which only you may write."
+    )
+
+
+def kept() -> tuple[Path, bool]:
+    """The folder in which machine code is kept, and whether files can be made there.
+
+    That is tried, so that the folder is made if there is none.
+    """
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if _is_ours(folder):
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder, True
+        except OSError:
+            continue
+    return next(_folders()), False
