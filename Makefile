@@ -1,5 +1,6 @@
-# make demo | test | test-slow | lint | docs | docs-check | bench | clean. Each makes the virtual
-# environment it needs, once, and again when pyproject.toml or constraints.txt changed. ARGS goes to the command: make test ARGS="-k cli".
+# make demo | test | test-slow | test-wheel | lint | dist | docs | docs-check | bench | clean. Each makes
+# the virtual environment it needs, once, and again when pyproject.toml or constraints.txt changed.
+# ARGS goes to the command: make test ARGS="-k cli".
 # make test-oldest | test-newest: the same tests at both ends of the versions that pyproject.toml allows.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow test-oldest test-newest bench lint docs docs-check format clean
+.PHONY: demo test test-slow test-oldest test-newest test-wheel bench lint dist docs docs-check format clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/installed
@@ -38,11 +39,28 @@ test-newest:
 bench: .venv-test/installed
 	.venv-test/bin/python benchmarks/run.py $(ARGS)
 
-lint: .venv-lint/installed docs
+lint: .venv-lint/installed dist docs
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
 	.venv-lint/bin/mypy
 	.venv-lint/bin/codespell
+	$(schema)-workflows .github/workflows/*.yml
+	$(schema)-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(schema)-issue-forms .github/ISSUE_TEMPLATE/*_re*.yml
+	.venv-lint/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# What these files may say, as check-jsonschema has it built in.
+schema = .venv-lint/bin/check-jsonschema --builtin-schema vendor.github
+
+# The sdist, and the wheel that is built of it. Without isolation: what builds them is pinned, too.
+dist: .venv-lint/installed
+	rm -rf dist
+	.venv-lint/bin/python -m build --no-isolation
+	.venv-lint/bin/twine check --strict dist/*
+
+# The wheel in an environment of its own with what it depends on, from the index, and nothing else.
+test-wheel: dist
+	$(PYTHON) tests/wheel.py dist/*.whl
 
 # The site, in site/. A warning is an error: mkdocs.yml is strict.
 docs: .venv-docs/installed

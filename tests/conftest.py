@@ -64,6 +64,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(f"{library} is not installed")
 
 
+@pytest.fixture
+def slow_reasons() -> Iterator[list[str]]:
+    """What is said of slow paths from now on, as nothing was before."""
+    from omniadam import slow
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its other patches
+        patch.setattr(slow, "reasons", reasons := list[str]())
+        yield reasons
+
+
 @pytest.fixture(params=["numba", "numpy"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both ways of running the rule on the CPU."""

@@ -529,13 +529,13 @@ def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trained(tmp_path, "--resume")
 
 
-def in_a_process(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def in_a_process(script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": SOURCE} | environment,
+        env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -559,7 +559,7 @@ print(os.listdir())
         env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     ends = [line for line in done.stdout.splitlines() if "ended with" in line]
@@ -659,17 +659,7 @@ print(omniadam.info()["devices"])
     assert "no answer: AttributeError" in devices and "'jax': ['gpu:1 (A)']" in devices
 
 
-@pytest.mark.needs("torch", "jax", "tensorflow")
-def test_info_of_every_librarys_devices() -> None:
-    script = "import torch, jax, tensorflow, omniadam; print(omniadam.info()['devices'])"
-    done = in_a_process(script, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    assert "'jax': ['cpu:0 (cpu)'" in done.stdout and "CPU:0" in done.stdout
-    assert "'torch': ['cpu'" in done.stdout
-
-
-def test_what_is_slow_is_said_once_and_told_again_by_info(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow, "reasons", [])
+def test_what_is_slow_is_said_once_and_told_again_by_info(slow_reasons: list[str]) -> None:
     with pytest.warns(RuntimeWarning, match="slow here: no wheels. Results are the same") as said:
         slow.warn("no wheels.")
         slow.warn("no wheels.")

@@ -1755,6 +1755,35 @@ def test_this_version_of_jax_is_fast() -> None:
     assert fast.look_for_traces().__module__ == "jax._src.core"
 
 
+def test_what_is_private_may_be_missing(
+    slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or mean something else: it is found out and said, each by its name."""
+
+    def fail(*_: Any) -> Any:
+        raise TypeError
+
+    monkeypatch.setattr(jax._src.core, "trace_state_clean", lambda: True)
+    monkeypatch.setattr(jax, "new_ref", lambda value: value)
+    monkeypatch.setattr(xla, "handler", fail)
+    # As they are before anything is remembered, which other tests rely on.
+    looks = [each.__wrapped__ for each in (fast.look_for_traces, fast.refs_are_open)]
+    with pytest.warns(RuntimeWarning, match="slow here: jax"):
+        found = [look() for look in (*looks, fast.kernels_work.__wrapped__)]
+    assert found == [backend.nothing_is_traced, False, False]
+    names = "trace_state_clean", "_refs._buf", "foreign functions"
+    assert all(name in each for name, each in zip(names, slow_reasons, strict=True))
+    # Where kernels are not wanted, it is no surprise that there are none.
+    monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
+    slow_reasons.clear()
+    assert not fast.kernels_work.__wrapped__() and not slow_reasons
+
+
+def test_info_tells_the_devices() -> None:
+    first = jax.devices()[0]
+    assert omniadam.info()["devices"]["jax"][0] == f"{first.platform}:0 ({first.device_kind})"
+
+
 def test_gradients_of_types_in_turn_compile_nothing() -> None:
     params = [jax.new_ref(jnp.ones(3))]
     opt = Adam(0.1)

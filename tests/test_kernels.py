@@ -316,16 +316,20 @@ def test_cache_that_cannot_be_written(
     function: str,
     folder: Path,
     compilations: list[None],
+    slow_reasons: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also as root, whom permissions do not stop."""
+    """Also as root, whom permissions do not stop. It is said once, with what helps."""
     with monkeypatch.context() as patch:
         if module is None:
             folder.write_text("a file")
             patch.setenv("OMNIADAM_CACHE_DIR", str(folder / "below"))
         else:
             patch.setattr(module, function, fail)
-        assert [load(), load(), len(compilations)] == [42, 42, 2]
+        with pytest.warns(RuntimeWarning, match="cannot be kept in .*OMNIADAM_CACHE_DIR") as said:
+            assert [load(), load(), len(compilations)] == [42, 42, 2]
+        assert len(said) == len(slow_reasons) == 1 and str(folder) in slow_reasons[0]
+        assert not jit.kept()[1] or function in ("mkstemp", "fdopen", "replace")
     assert not folder.is_dir() or not list(folder.iterdir())
 
 
@@ -366,7 +370,11 @@ def test_cache_that_is_damaged(
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such permissions")
 @pytest.mark.parametrize("whose", [0o770, 0o707, 0o722, "another user's"])
 def test_cache_that_others_may_write_to(
-    whose: Any, folder: Path, compilations: list[None], monkeypatch: pytest.MonkeyPatch
+    whose: Any,
+    folder: Path,
+    compilations: list[None],
+    slow_reasons: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What lies there would be executed."""
     load()
@@ -379,7 +387,9 @@ def test_cache_that_others_may_write_to(
         file.write_bytes(content)
         monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
     before = file.read_bytes()
-    assert [load(), load(), len(compilations)] == [42, 42, 3]
+    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+        assert [load(), load(), len(compilations)] == [42, 42, 3]
+    assert jit.kept() == (folder, False)
     assert [*folder.iterdir()] == [file] and file.read_bytes() == before
 
 
@@ -883,15 +893,28 @@ def test_half_precision_is_float32_with_one_rounding_a_step(kernel: str) -> None
 
 
 def test_without_numba_the_same_rule_runs_on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that is said, once."""
     code = """
-        import sys
+        import sys, warnings
         sys.modules["numba"] = sys.modules["llvmlite"] = None
         from test_kernels import FULL, digest, train
-        print(*(digest(train(settings)) for settings in (FULL, {})))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            digests = [digest(train(settings)) for settings in (FULL, {})]
+        (one,) = said
+        assert one.category is RuntimeWarning
+        assert "slow here: numba is not installed" in str(one.message)
+        assert "pip install 'numba>=" in str(one.message)
+        print(*digests)
     """
     monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
     here = [digest(train(settings)) for settings in (FULL, {})]
     assert fresh(code, OMNIADAM_KERNEL="").split() == here
+    # Who chose NumPy is told nothing.
+    code = "import warnings; warnings.simplefilter('error'); import test_kernels; " + (
+        "import sys; sys.modules['numba'] = None; test_kernels.train({})"
+    )
+    fresh(code, OMNIADAM_KERNEL="numpy")
 
 
 def test_numba_that_is_switched_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -956,6 +979,14 @@ def moved(w: Array) -> None:
 
 
 held: list[Array] = []
+
+
+def test_arrays_that_are_laid_out_otherwise(
+    slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ndarrays, "_word", lambda address: address)
+    with pytest.warns(RuntimeWarning, match="slow here: numpy .* the layout of an array"):
+        assert not ndarrays._is_laid_out.__wrapped__()
 
 
 def test_inspector_recognises_what_is_as_it_was() -> None:

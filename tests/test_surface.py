@@ -125,7 +125,7 @@ def test_attributes() -> None:
 
 
 def test_names_of_the_package() -> None:
-    names = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "migrate", "schedules"]
+    names = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "info", "migrate", "schedules"]
     assert sorted(omniadam.__all__) == names
     assert issubclass(AdamW, Adam) and issubclass(Adam, Optimizer)
     assert (Path(omniadam.__file__).parent / "py.typed").exists()

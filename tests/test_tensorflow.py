@@ -43,6 +43,7 @@ from cases import (  # noqa: E402
     with_missing,
 )
 from omniadam import Adam, AdamW, IndexedSlices, Optimizer, schedules  # noqa: E402
+from omniadam.backends import tensorflow as plain  # noqa: E402
 from omniadam.fast import tensorflow as fast  # noqa: E402
 from reference import Array  # noqa: E402
 
@@ -1597,7 +1598,9 @@ def test_two_optimizers_in_two_threads() -> None:
 
 
 @pytest.mark.parametrize("mode", ["xla"], indirect=True)
-def test_where_xla_cannot_compile(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_xla_cannot_compile(
+    mode: str, slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step is one of TensorFlow's own operations then, and nothing is lost."""
 
     class Strings(schedules.LearningRateSchedule):
@@ -1616,13 +1619,17 @@ def test_where_xla_cannot_compile(mode: str, monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(w, [0.6, 2.4], rtol=1e-5)
     fast.is_xla_there.cache_clear()
     monkeypatch.setattr(tf, "constant", None)  # as where a build lacks what is tried
-    assert not fast.is_xla_there()
+    with pytest.warns(RuntimeWarning, match="cannot compile by XLA"):
+        assert not fast.is_xla_there()
     monkeypatch.undo()
     fast.is_xla_there.cache_clear()
 
 
-def test_what_is_private_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or mean something else; it is found out once, where it is used first."""
+@pytest.mark.filterwarnings("ignore:omniadam is slow here")
+def test_what_is_private_may_be_missing(
+    slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or mean something else; it is found out and said once, where it is used first."""
     function = tf.function(lambda x: [x * 2], input_signature=[tf.TensorSpec([2])])
     concrete, eager = function.get_concrete_function(), type(tf.ones(2))
     looks = fast.is_called_flat, fast.looks_of_tensors, fast.look_for_xla
@@ -1636,6 +1643,7 @@ def test_what_is_private_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setattr(xla_contexts, "GraphOrParentsInXlaContext", lambda graph: False)
             monkeypatch.setattr(tf, "zeros", lambda *args: WithoutPrivateNames())
         public = fast.is_called_flat(), fast.looks_of_tensors()[0], fast.look_for_xla()
+        said = list(slow_reasons)
         monkeypatch.undo()
         assert (public[0], public[1] is eager._shape_tuple) == (is_private, is_private)
         assert (public[2] is not None) == is_private
@@ -1647,8 +1655,24 @@ def test_what_is_private_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None
         results.append(snapshot(opt, [w]))
     for look in looks:
         look.cache_clear()
+    gone = ("call_flat", "_shape_tuple", "GraphOrParentsInXlaContext")
+    assert all(each in told for each, told in zip(gone, said, strict=True))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_info_tells_the_devices() -> None:
+    assert "CPU:0" in omniadam.info()["devices"]["tensorflow"]
+
+
+def test_a_graph_without_its_private_name(
+    slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tf, "executing_eagerly", lambda: False)
+    monkeypatch.setattr(tf.compat.v1, "get_default_graph", object)
+    with pytest.warns(RuntimeWarning, match="lacks `_add_control_dependencies`"):
+        assert [plain.is_ordered(each) for each in (False, True)] == [False, True]
+    assert len(slow_reasons) == 1
 
 
 class WithoutPrivateNames:

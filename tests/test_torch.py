@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -863,7 +864,7 @@ def recognises(opt: Adam, grads: list[Tensor], params: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("missing", [AttributeError, TypeError])
 def test_a_torch_without_that_comparison(
-    missing: type[Exception], monkeypatch: pytest.MonkeyPatch
+    missing: type[Exception], slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compare(tensors: Any) -> Any:
         raise missing
@@ -871,11 +872,32 @@ def test_a_torch_without_that_comparison(
     monkeypatch.setattr(fast, "_compiled_comparison", compare)
     fast._is_compiled_comparison_right.cache_clear()
     try:
-        assert not fast._is_compiled_comparison_right()
+        with pytest.warns(RuntimeWarning, match="lacks .*TensorGuards"):
+            assert not fast._is_compiled_comparison_right()
         opt, params, grads = optimized()
         assert recognises(opt, grads(), params)
     finally:
         fast._is_compiled_comparison_right.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["trace_rules.add", "anybody observes a step", "GOMP_parallel"])
+def test_a_torch_without_other_private_names(
+    name: str, slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow way is taken, and that is said."""
+    with pytest.warns(RuntimeWarning, match=f"lacks .*{name}"):
+        if name == "trace_rules.add":
+            monkeypatch.setitem(sys.modules, "torch._dynamo", SimpleNamespace())
+            fast._hide_from_compiler.__wrapped__()
+        elif name == "GOMP_parallel":
+            monkeypatch.setattr(openmp, "ctypes", SimpleNamespace(CDLL=lambda name: object()))
+            assert openmp._runtime() is None
+        else:
+            assert fast.is_observed(SimpleNamespace())
+
+
+def test_info_tells_the_devices() -> None:
+    assert omniadam.info()["devices"]["torch"][0] == "cpu"
 
 
 def test_a_step_like_the_last_is_recognised() -> None:
@@ -1783,7 +1805,7 @@ def test_torchs_own_threads_change_no_bit(
 
 @pytest.mark.parametrize("runs", [0, 3])
 def test_a_runtime_of_another_kind_is_not_trusted(
-    runs: int, monkeypatch: pytest.MonkeyPatch
+    runs: int, slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = openmp._runtime()
     assert real is not None
@@ -1796,7 +1818,8 @@ def test_a_runtime_of_another_kind_is_not_trusted(
     monkeypatch.setattr(openmp, "team", lambda: team)
     monkeypatch.setenv("OMNIADAM_NUM_THREADS", "2")
     w = torch.ones(100_000)
-    Adam(0.5).apply([torch.ones(100_000)], [w])
+    with pytest.warns(RuntimeWarning, match="lacks `GOMP_parallel`"):
+        Adam(0.5).apply([torch.ones(100_000)], [w])
     assert w.eq(w[0]).all() and w[0] < 0.6
     assert team._is_useless and team.smallest == cpu.PARALLEL
 

@@ -1128,10 +1128,14 @@ def test_a_step_that_is_traced(mode: str) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_what_watches_torch_sees_a_step(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_watches_torch_sees_a_step(
+    known: bool, slow_reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the steps before and after it are as they were, on the kernels."""
     if not known:
         monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+        with pytest.warns(RuntimeWarning, match="lacks .*_len_torch_dispatch_stack"):
+            assert omniadam.torch._is_watched()
     ends = []
     for module in (Adam, torch.optim.Adam):
         params = weights((3,), (2, 2))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import omniadam
 from omniadam.versions import OLDEST, is_too_old
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +32,21 @@ def test_the_bound_is_the_one_of_the_package(library: str) -> None:
     assert bounds()[library] == {OLDEST[library]}
 
 
-@pytest.mark.parametrize(
-    "library", sorted(set(bounds()) - {"codespell", "mkdocs-material", "mypy", "ruff", "torch"})
-)
+# What makes the package and its pages.
+TOOLS = {
+    "build",
+    "check-jsonschema",
+    "codespell",
+    "hatch-fancy-pypi-readme",
+    "hatchling",
+    "mkdocs-material",
+    "mypy",
+    "ruff",
+    "twine",
+}
+
+
+@pytest.mark.parametrize("library", sorted(set(bounds()) - TOOLS - {"torch"}))
 def test_the_oldest_versions_are_tested(library: str) -> None:
     """Or the oldest that install together with the others."""
     pins = dict(
@@ -44,6 +57,18 @@ def test_the_oldest_versions_are_tested(library: str) -> None:
     pinned = pins.get(library) or pins[f"{library}-cpu"]
     (bound,) = bounds()[library]
     assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", pinned)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^version: (.*)$", text) == [omniadam.__version__]
+
+
+def test_what_builds_the_package_is_in_the_environment_that_builds_it() -> None:
+    """`make dist` builds without isolation."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = project["build-system"]["requires"]
+    assert {*needed} <= {*project["project"]["optional-dependencies"]["lint"]}
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -220,4 +245,4 @@ print(*(each.message for each in caught), sep="\\n")
 """
     lines = run(code).splitlines()
     assert len(lines) == 1
-    assert "numba 0.62 or newer. Found numba 0.61.2: steps run on NumPy" in lines[0]
+    assert "numba 0.62 or newer; numba 0.61.2 is installed, so that steps run on NumPy" in lines[0]

@@ -72,8 +72,9 @@ def info() -> Info:
             have.
 
     Example:
+        >>> import numpy, omniadam
         >>> found = omniadam.info()
-        >>> found["libraries"]["numpy"] == np.__version__
+        >>> found["libraries"]["numpy"] == numpy.__version__
         True
         >>> found["threads"] >= 1
         True
