@@ -395,6 +395,31 @@ FAULTS = [
         "if calls != work.steps:\n",
         "test_threads.py test_whole_steps.py",
     ),
+    # --- what is said of slow paths, and the command ---
+    Fault(
+        "slow.py",
+        "    if reason in reasons:\n",
+        "    if False:\n",
+        "test_kernels.py -k cannot_be_written",
+    ),
+    Fault(
+        "kernels/cpu.py",
+        "        slow.warn(\n",
+        "        str(\n",
+        "test_kernels.py -k without_numba",
+    ),
+    Fault(
+        "cli/train.py",
+        "            if not is_shown:\n",
+        "            if False:\n",
+        "test_cli.py -k a_line_an_epoch",
+    ),
+    Fault(
+        "cli/peers.py",
+        'adam["weight_decay"] is None',
+        "True",
+        "test_cli.py -k own_adam",
+    ),
 ]
 
 
