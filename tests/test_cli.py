@@ -515,6 +515,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_a_line(tmp_path: Path) -
     result = invoke("--output", tmp_path / "file" / "run", *SHORT, "--epochs", 1)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("Error: Cannot write to")
+    result = invoke("--output", tmp_path / "file")
+    assert result.exit_code == 2 and "is a file" in result.stderr
 
 
 def test_interrupted_by_the_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
