@@ -5,6 +5,7 @@
 Each row is a process of its own, in which the two steps alternate; a figure is the ratio of their
 medians, with the lowest and the highest of five fifths of the run. `--quick` leaves out the two
 large sets and does not write. Sections are measured apart, each with its machine: see SECTIONS.
+What was measured is kept in results.json, from which docs/speed.png is drawn.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import picture
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+RESULTS = HERE / "results.json"
 THREADS = 2
 KERAS = {"Keras on TensorFlow": "tensorflow", "Keras on JAX": "jax", "Keras on PyTorch": "torch"}
 NUMPY_PEERS = ["torch fused", "torch foreach", "optax", *KERAS, "plain NumPy"]
@@ -72,10 +76,15 @@ def child(code: list[str], **environment: str) -> str:
     return done.stdout
 
 
+# What was measured in this run, row by row.
+measured: list[dict[str, Any]] = []
+
+
 def pair(peer: str, name: str, mode: str) -> dict[str, Any]:
     backend = KERAS.get(peer.split(": ")[-1], "numpy")
     out = child([str(HERE / "pair.py"), peer, name, mode], KERAS_BACKEND=backend)
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    measured.append({"peer": peer, "set": name, "mode": mode, **result})
     low, high = result["spread"]
     print(
         f"{peer:32} {name:12} {mode:6} ours {result['ours'] * 1e3:9.3f} ms   "
@@ -239,6 +248,7 @@ print(json.dumps([len(CASES), *largest]))
 def accuracy() -> list[str]:
     out = child(["-c", ACCURACY], KERAS_BACKEND="numpy")
     cases, ours, theirs = json.loads(out.splitlines()[-1])
+    measured.append({"settings": cases, "omniadam": ours, "Keras": theirs})
     return [
         f"Largest error against a float64 oracle over {cases} settings and 50 steps, in float32 "
         f"ulps of the update: omniadam {ours:.2g}, Keras (NumPy backend) {theirs:.2g}."
@@ -348,6 +358,12 @@ def main() -> None:
             before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
             _, _, after = rest.partition(end)
             readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results[name] = {"machine": machine(), "rows": measured.copy()}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            if {"numpy", "accuracy"} <= results.keys():
+                picture.draw(results, ROOT / "docs" / "speed.png")
+        measured.clear()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The picture of README: how long peers take for a step, and how far they are from the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OURS, OTHERS = "#2a6f97", "#b8bfc6"
+# The set and the kind of step that is drawn.
+DRAWN = ("ResNet-50", "full")
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw what `make bench` has measured, of the sections "numpy" and "accuracy"."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in results["numpy"]["rows"] if (r["set"], r["mode"]) == DRAWN]
+    times = {row["peer"]: row["theirs"] / row["ours"] for row in rows}
+    times = {"omniadam": 1.0, **dict(sorted(times.items(), key=lambda each: each[1]))}
+    (found,) = results["accuracy"]["rows"]
+    errors = {name: found[name] for name in ("omniadam", "Keras")}
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.2), width_ratios=(3, 2), layout="constrained"
+    )
+    _bars(left, times, "{:.1f}")
+    left.set_title("Time of a step (omniadam = 1)", fontsize=10, loc="left")
+    machine = results["numpy"]["machine"].split(";")[0]
+    left.set_xlabel(
+        "ResNet-50, 25.6 M parameters, with a norm clip, weight decay and an average\n" + machine,
+        fontsize=8,
+    )
+    _bars(right, errors, "{:.2g}")
+    right.set_xscale("log")
+    right.set_xlim(0.1, 200)
+    right.set_ylim(left.get_ylim())
+    right.set_title("Largest error, in ulps of the update", fontsize=10, loc="left")
+    right.set_xlabel(f"float32, {found['settings']} settings, 50 steps", fontsize=8)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _bars(axes: Any, values: Mapping[str, float], form: str) -> None:
+    names = list(values)
+    colours = [OURS if name == "omniadam" else OTHERS for name in names]
+    bars = axes.barh(names, list(values.values()), color=colours, height=0.7)
+    axes.bar_label(bars, [form.format(v) for v in values.values()], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
