@@ -1,6 +1,7 @@
 # make demo | test | test-slow | test-wheel | lint | dist | docs | docs-check | bench | clean. Each makes
 # the virtual environment it needs, once, and again when pyproject.toml or constraints.txt changed.
 # ARGS goes to the command: make test ARGS="-k cli".
+# make conformance: every Adam that installs, beside the oracle; writes docs/conformance.md.
 # make test-oldest | test-newest: the same tests at both ends of the versions that pyproject.toml allows.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ JOBS ?= 2
 # Of the newest versions: `torch` alone would bring gigabytes of CUDA where the index has no CPU build.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow test-oldest test-newest test-wheel bench lint dist docs docs-check format clean
+.PHONY: demo test test-slow test-oldest test-newest test-wheel bench conformance lint dist docs docs-check format clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/installed
@@ -38,6 +39,11 @@ test-newest:
 # The peers are the libraries of the tests: the same environment.
 bench: .venv-test/installed
 	.venv-test/bin/python benchmarks/run.py $(ARGS)
+
+# Makes an environment for each library, a gigabyte where PyTorch is in it; ARGS="torch optax" are
+# those alone.
+conformance: .venv-conformance/page/installed
+	.venv-conformance/page/bin/python benchmarks/conformance $(ARGS)
 
 lint: .venv-lint/installed dist docs
 	.venv-lint/bin/ruff check .
@@ -126,4 +132,9 @@ pip = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 	$(pip) "$(TORCH)"
 	$(pip) --editable '.[test]'
 	$(pip) --no-deps tf_keras
+	@touch $@
+
+.venv-conformance/page/installed: constraints.txt
+	$(environment)
+	$(pip) --constraint constraints.txt matplotlib
 	@touch $@
