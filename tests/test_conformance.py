@@ -39,7 +39,7 @@ class Plain:
     """Adam in float32 NumPy by the oracle's own lines, right in everything; then one fault each."""
 
     takes: frozenset[str] = frozenset({"amsgrad"})
-    singles, sparse, saves = True, True, "pickle"
+    sparse, saves = True, "pickle"
     form = True
 
     def __init__(self, values: Any, dtype: str, settings: dict[str, Any]) -> None:
@@ -239,3 +239,27 @@ def test_rows_of_ours_and_of_torch(probes: ModuleType) -> None:
     assert ours["nan"] == theirs["nan"] == "stays"
     assert ours["by name"] == "refused" and theirs["by name"] == "by position"
     assert min(ours["first step"]) == min(theirs["first step"]) == -37
+
+
+def test_the_page_says_where_ours_is_not_the_best(probes: ModuleType, tmp_path: Path) -> None:
+    page = importlib.import_module("page")
+    theirs = {**ask(probes, Plain), "on": "2000-01-01", "versions": {"torch": "1.0"}}
+    del theirs["nan"]
+    theirs["nan_stays: failed"] = "ValueError: with a `mark`"
+    ours = {**theirs, "one update": 7.5, "bfloat16": "inf", "by name": "refused"}
+    rows = {
+        "omniadam on NumPy": ours,
+        "torch, fused": theirs,
+        "MLX": {"not run": "does not install", "on": "2000-01-01"},
+    }
+    page.write({"machine": "a machine", "rows": rows}, tmp_path)
+    text = (tmp_path / "conformance.md").read_text(encoding="utf-8")
+    best = f"{theirs['one update']:.2f}"
+    assert f"- one update: {best} (torch, fused). omniadam on NumPy 7.50." in text
+    assert "way gone: 100 % (torch, fused). omniadam on NumPy runs away." in text
+    assert "found by name (torch, fused). omniadam on NumPy refused." in text
+    assert "- MLX: does not install" in text and "| MLX | not run |" in text
+    assert "- torch, fused, nan stays refused: `ValueError: with a 'mark'`" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| torch, fused")}
+    assert widths == {10, 5, 7, 4}
+    assert (tmp_path / "conformance.png").stat().st_size > 10_000

@@ -41,8 +41,6 @@ class Adapter:
     # ("schedule") by its library's own way to change the learning rate; "excluded" are the indices
     # of the variables without weight decay.
     takes: ClassVar[frozenset[str]] = frozenset()
-    # Only one setting at a time is asked for: where each is compiled for long.
-    singles: ClassVar[bool] = False
     sparse: ClassVar[bool] = False  # whether the library has sparse gradients
     saves: ClassVar[str] = ""  # how state is saved and loaded
 
@@ -235,8 +233,6 @@ class TorchFused(Torch):
 class TorchCompiled(Torch):
     """As PyTorch's tutorials have it: the step is compiled, and a rate that changes is a tensor."""
 
-    singles = True
-
     def optimizer(self, groups: list[Any], settings: Settings) -> Any:
         import torch
 
@@ -320,7 +316,6 @@ class FlashAdamW(Optimi):
 
 
 class TorchAO(Torch):
-    singles = True  # it compiles its step for each
     sparse = False
     named = False
 
@@ -801,13 +796,21 @@ class Paddle(Adapter):
     }
     sparse = True
     saves = "state_dict"
+    made: ClassVar[int] = 0
 
     def __init__(self, values: Arrays, dtype: str, settings: Settings) -> None:
         import paddle
 
         self.paddle, self.dtype = paddle, dtype
+        # A name is taken once in a process, where another run of a script would have it again.
+        Paddle.made += 1
+        self.prefix = f"p{Paddle.made}_"
+        start = paddle.nn.initializer.Constant(0.0)
         self.params = {
-            name: paddle.create_parameter(v.shape, dtype, name=name) for name, v in values.items()
+            name: paddle.create_parameter(
+                v.shape, dtype, name=self.prefix + name, default_initializer=start
+            )
+            for name, v in values.items()
         }
         for p, v in zip(self.params.values(), values.values(), strict=True):
             p.set_value(paddle.to_tensor(v).astype(dtype))
@@ -826,7 +829,7 @@ class Paddle(Adapter):
         cls = paddle.optimizer.Adam
         if "weight_decay" in settings:
             cls = paddle.optimizer.AdamW
-            without = {name for i, name in enumerate(self.params) if i in excluded}
+            without = {self.prefix + name for i, name in enumerate(self.params) if i in excluded}
             more["weight_decay"] = settings["weight_decay"]
             more["apply_decay_param_fun"] = lambda name: name not in without
         self.opt = cls(
@@ -861,15 +864,21 @@ class Paddle(Adapter):
 
     def save(self) -> bytes:
         state = self.opt.state_dict()
-        return pickle.dumps({k: v.numpy() if hasattr(v, "numpy") else v for k, v in state.items()})
+        return pickle.dumps(
+            {
+                k.removeprefix(self.prefix): v.numpy() if hasattr(v, "numpy") else v
+                for k, v in state.items()
+            }
+        )
 
     def load(self, saved: bytes) -> None:
         state = pickle.loads(saved)
-        tensors = {
-            k: self.paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
-            for k, v in state.items()
-        }
-        self.opt.set_state_dict(tensors)
+        self.opt.set_state_dict(
+            {
+                self.prefix + k: self.paddle.to_tensor(v) if isinstance(v, np.ndarray) else v
+                for k, v in state.items()
+            }
+        )
 
 
 class TinyGrad(Adapter):
@@ -960,9 +969,7 @@ ROWS: dict[str, Row] = {
     "torch, for-loop": Row(TorchLoop, "torch", ("torch",), note="`foreach=False`."),
     "torch, foreach": Row(TorchForeach, "torch", ("torch",)),
     "torch, fused": Row(TorchFused, "torch", ("torch",)),
-    "torch, compiled": Row(
-        TorchCompiled, "torch", ("torch",), note="`torch.compile(opt.step)`; one setting at a time."
-    ),
+    "torch, compiled": Row(TorchCompiled, "torch", ("torch",), note="`torch.compile(opt.step)`."),
     "torch SparseAdam": Row(
         TorchSparse,
         "torch",
@@ -999,7 +1006,9 @@ ROWS: dict[str, Row] = {
         note="with `bias_correction=True`. The default, without it, is not asked for here.",
     ),
     "Paddle": Row(Paddle, "paddle", ("paddlepaddle",)),
-    "tinygrad": Row(TinyGrad, "tinygrad", ("tinygrad",)),
+    "tinygrad": Row(
+        TinyGrad, "tinygrad", ("tinygrad",), note="its CPU device needs the compiler clang."
+    ),
     "optimi": Row(
         Optimi,
         "optimi",
@@ -1028,7 +1037,6 @@ ROWS: dict[str, Row] = {
         TorchAO,
         "torchao",
         ("torchao", "torch"),
-        note="`_AdamW(bf16_stochastic_round=True)`, its form without 8-bit state; "
-        "it compiles its step, so one setting at a time.",
+        note="`_AdamW(bf16_stochastic_round=True)`, its form without 8-bit state.",
     ),
 }

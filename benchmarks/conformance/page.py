@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from adapters import ROWS
 
-from cases import CASES
+from cases import SINGLE, WHOLE
 
 Found = Mapping[str, Any]
 
@@ -21,17 +21,17 @@ def is_ours(name: str) -> bool:
 
 
 def sentence(text: str) -> str:
-    """For a table's cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """For between two backticks."""
+    return text.replace("\n", " ").replace("`", "'")
 
 
 def status(found: Found, probe: str) -> str | None:
-    """n/a, or that it failed, with a number of a note: see `Notes`."""
+    """Why there is no value, if there is none."""
     if "not run" in found:
         return "not run"
     if f"{probe}: n/a" in found:
         return "n/a"
-    return "failed" if f"{probe}: failed" in found else None
+    return "refused" if f"{probe}: failed" in found else None
 
 
 def number(x: Any) -> str:
@@ -55,7 +55,7 @@ def lower(x: Any) -> str:
 
 
 class Column:
-    """A title, the probe, the key of what it found, how to write it, and how far from the best.
+    """A title, the probe, the key of what it found, how to write it, and how bad it is.
 
     `badness` is what a smaller value of is better, or None where there is no better and worse.
     """
@@ -74,10 +74,7 @@ class Column:
     def value(self, found: Found) -> str:
         if (told := status(found, self.probe)) is not None:
             return told
-        text = self.text(found[self.key]) if self.key in found else "not run"
-        if self.key == "by name" and text not in ("n/a", "not run"):
-            return text
-        return text
+        return self.text(found[self.key]) if self.key in found else "not run"
 
 
 def _plain(x: Any) -> float:
@@ -154,10 +151,9 @@ column are bold.
   result that is rounded correctly has at most 0.5.
 - **50 steps**: the largest error of a weight after 50 steps, beyond what the rounding of the
   weights alone can explain: 0 says no more than that. With the default settings, and the largest
-  over all **settings** of the tests' table of {table} (arguments alone and in pairs: rates,
-  betas, ε, AMSGrad, decay, clips, averages, accumulation) that the optimizer itself can express.
-  More settings are more opportunities for an error. Where a step is compiled for long, settings
-  are asked for one at a time.
+  over the **settings** that the optimizer itself can express, of {settings}: each argument alone
+  (rates, betas, ε, AMSGrad, decay, clips, averages, accumulation), and all that go together at
+  once. More settings are more opportunities for an error.
 - **largest gradient** and **smallest gradient**: the powers of ten up to and down to which the
   first step is right to 0.1 %; asked for are 1e-37 to 1e38. With ε = 1e-30 the first step is ±
   the learning rate for a gradient however small, as long as its square can be held.
@@ -261,7 +257,7 @@ def reasons(rows: Mapping[str, Found]) -> list[str]:
         for key, value in found.items():
             what, _, how = key.rpartition(": ")
             if how == "failed":
-                told.setdefault(value, []).append(f"{what.replace('_', ' ')} failed")
+                told.setdefault(value, []).append(f"{what.replace('_', ' ')} refused")
             elif key.endswith(", why"):
                 told.setdefault(value, []).append(f"{key[:-5]} refused")
         for why, which in told.items():
@@ -330,7 +326,9 @@ def write(found: Mapping[str, Any], docs: Path) -> None:
     rows: dict[str, Found] = found["rows"]
     parts = [
         INTRODUCTION,
-        ABOUT_NUMBERS.format(table=len(CASES)) + "\n" + "\n".join(table(NUMBERS, rows)),
+        ABOUT_NUMBERS.format(settings=len(SINGLE) + len(WHOLE) + 1)
+        + "\n"
+        + "\n".join(table(NUMBERS, rows)),
         ABOUT_NARROW + "\n" + "\n".join(table(NARROW, rows)),
         ABOUT_BEHAVIOUR + "\n" + "\n".join(table(BEHAVIOUR, rows)),
         "## Where omniadam is not the best\n\n"

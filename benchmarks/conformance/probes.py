@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests")]
 
 from adapters import ROWS, Adapter, NotOffered, Sparse  # noqa: E402
 
-from cases import CASES, PART, SHAPES, SINGLE, Case, error_in_ulps, variables  # noqa: E402
+from cases import CASES, SHAPES, SINGLE, WHOLE, Case, error_in_ulps, variables  # noqa: E402
 from cases import gradients as made_gradients  # noqa: E402
 from reference import Reference  # noqa: E402
 
@@ -38,9 +38,8 @@ Found = dict[str, Any]
 STEPS = 50
 # The arguments that every step needs; the oracle's defaults.
 DEFAULTS = {"learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7}
-# Of more than these the tests' way out is taken: each argument once, and rows of several at once in
-# which every two still meet.
-MANY = 60
+# Of the tests' table each argument alone, and, in three rows, all that go together at once.
+SETTINGS: dict[str, Case] = {"defaults": CASES["defaults"], **SINGLE, **WHOLE}
 gradients = cache(made_gradients)
 OUTSIDE, INSIDE = "outside", "inside"
 
@@ -148,7 +147,7 @@ def one_update(kind: Kind) -> Found:
 
 def errors(kind: Kind) -> Found:
     form = standard_form(kind)
-    found = {name: largest_error(kind, (CASES | PART)[name], form) for name in expressible(kind)}
+    found = {name: largest_error(kind, SETTINGS[name], form) for name in expressible(kind)}
     worst = max(found, key=lambda name: found[name])
     return {
         "error, defaults": finite(found["defaults"]),
@@ -159,11 +158,8 @@ def errors(kind: Kind) -> Found:
 
 
 def expressible(kind: Kind) -> list[str]:
-    """The settings of the tests' table that the optimizer itself can express."""
-    able = [name for name, case in CASES.items() if _can(kind, case)]
-    if len(able) <= MANY:
-        return able
-    return [name for name, case in {**SINGLE, **PART}.items() if _can(kind, case)]
+    """Of `SETTINGS`, those that the optimizer itself can express."""
+    return [name for name, case in SETTINGS.items() if _can(kind, case)]
 
 
 def _can(kind: Kind, case: Case) -> bool:
@@ -172,7 +168,7 @@ def _can(kind: Kind, case: Case) -> bool:
         wanted.add("schedule")
     if case.excluded:
         wanted.add("excluded")
-    return wanted <= kind.takes and not (kind.singles and len(case.settings) > 1)
+    return wanted <= kind.takes
 
 
 # --- The first step, from tiny to huge gradients -------------------------------------------------
