@@ -209,7 +209,7 @@ def test_a_fault_is_found(kind: Any, probe: str, key: str, value: Any, probes: M
 def test_inexact_numbers_are_found(probes: ModuleType) -> None:
     assert ask(probes, Inexact, "one_update")["one update"] > 20
     assert ask(probes, NarrowVelocity, "smaller_gradients")["later"] < 0.5
-    assert 0.9 < ask(probes, Rounds, "smaller_gradients")["later"] < 1.1
+    assert 0.9 < ask(probes, Rounds, "smaller_gradients")["later"] < 0.91
 
 
 def test_what_fails_says_why(probes: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +256,7 @@ def test_the_page_says_where_ours_is_not_the_best(probes: ModuleType, tmp_path: 
     text = (tmp_path / "conformance.md").read_text(encoding="utf-8")
     best = f"{theirs['one update']:.2f}"
     assert f"- one update: {best} (torch, fused). omniadam on NumPy 7.50." in text
-    assert "way gone: 100 % (torch, fused). omniadam on NumPy runs away." in text
+    assert "moved: 100 % (torch, fused). omniadam on NumPy ∞." in text
     assert "found by name (torch, fused). omniadam on NumPy refused." in text
     assert "- MLX: does not install" in text and "| MLX | not run |" in text
     assert "- torch, fused, nan stays refused: `ValueError: with a 'mark'`" in text

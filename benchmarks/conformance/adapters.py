@@ -1005,7 +1005,13 @@ ROWS: dict[str, Row] = {
         ("mlx",),
         note="with `bias_correction=True`. The default, without it, is not asked for here.",
     ),
-    "Paddle": Row(Paddle, "paddle", ("paddlepaddle",)),
+    "Paddle": Row(
+        Paddle,
+        "paddle",
+        ("paddlepaddle",),
+        note="with sparse gradients its first step is 0.744 of the learning rate, which is what a "
+        "second step makes of a row's first gradient: so these numbers are not the oracle's.",
+    ),
     "tinygrad": Row(
         TinyGrad, "tinygrad", ("tinygrad",), note="its CPU device needs the compiler clang."
     ),

@@ -299,7 +299,7 @@ def repeated_ids(kind: Kind) -> Found:
         return {"repeated ids": "summed"}
     if np.allclose(got, _one_by_one(start, steps, form), rtol=1e-4, atol=0):
         return {"repeated ids": "squared one by one"}
-    return {"repeated ids": "neither"}
+    return {"repeated ids": "other numbers"}
 
 
 def unused_rows(kind: Kind) -> Found:
@@ -322,7 +322,7 @@ def unused_rows(kind: Kind) -> Found:
     if np.array_equal(after[0][0], after[1][0]):
         return {"unused rows": "left alone"}
     moved = np.allclose(after[1][0], reference.variables[0][0], rtol=1e-4, atol=0)
-    return {"unused rows": "moved" if moved else "neither"}
+    return {"unused rows": "moved" if moved else "moved, other numbers"}
 
 
 # --- A NaN, and state ----------------------------------------------------------------------------
