@@ -477,13 +477,15 @@ class TFKeras(Adapter):
     def load(self, saved: bytes) -> None:
         import tensorflow as tf
 
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in pickle.loads(saved).items():
-                with open(f"{folder}/{name}", "wb") as file:
-                    file.write(content)
-            if hasattr(self.opt, "build"):
-                self.opt.build(list(self.variables.values()))
-            tf.train.Checkpoint(opt=self.opt, **self.variables).read(f"{folder}/state")
+        # For as long as the adapter: what has no variable yet is read when it has.
+        self.folder = tempfile.TemporaryDirectory()
+        for name, content in pickle.loads(saved).items():
+            with open(f"{self.folder.name}/{name}", "wb") as file:
+                file.write(content)
+        if hasattr(self.opt, "build"):
+            self.opt.build(list(self.variables.values()))
+        read = tf.train.Checkpoint(opt=self.opt, **self.variables)
+        read.read(f"{self.folder.name}/state")
 
 
 def _read(path: str) -> bytes:

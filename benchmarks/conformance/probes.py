@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 import traceback
@@ -147,9 +148,15 @@ def one_update(kind: Kind) -> Found:
 
 def errors(kind: Kind) -> Found:
     form = standard_form(kind)
-    found = {name: largest_error(kind, SETTINGS[name], form) for name in expressible(kind)}
+    found, refused = {}, {}
+    for name in expressible(kind):
+        try:
+            found[name] = largest_error(kind, SETTINGS[name], form)
+        except Exception as error:
+            refused[f"setting {name}: failed"] = said(error)
     worst = max(found, key=lambda name: found[name])
     return {
+        **refused,
         "error, defaults": finite(found["defaults"]),
         "error, worst": finite(found[worst]),
         "settings": len(found),
@@ -419,7 +426,8 @@ PROBES: dict[str, Callable[[Kind], Found]] = {
 
 
 def said(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    # Without what is of this machine: paths, and where in somebody's code it was.
+    text = re.sub(r"(?<![\w.])/\S+", "…", " ".join(str(error).split()).split(" from user code")[0])
     return f"{type(error).__name__}: {text[:200]}"
 
 
