@@ -133,7 +133,7 @@ def test_names_of_the_package() -> None:
 
 
 PUBLIC = {
-    "omniadam": ["Adam", "AdamW", "IndexedSlices", "Optimizer", "info", "migrate", "schedules"],
+    "omniadam": ["Adam", "AdamW", "IndexedSlices", "Optimizer", "Table", "info", "migrate", "schedules"],
     "omniadam.compat": ["contrib_keras", "optimizer_v2"],
     "omniadam.compat.contrib_keras": ["Adam"],
     "omniadam.compat.optimizer_v2": ["Adam", "VariableAggregation", "VariableSynchronization"],

@@ -8,10 +8,11 @@ from .compat.migration import migrate
 from .environment import info
 from .optimizer import Optimizer
 from .sparse import IndexedSlices
+from .table import Table
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "info", "migrate", "schedules"]
+__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "Table", "info", "migrate", "schedules"]
 
 
 def __dir__() -> list[str]:

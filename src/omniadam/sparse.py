@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .kernels.rows import sums_of_rows
+
 
 class IndexedSlices:
     """The gradient of an embedding lookup: one row of values for each index that was looked up.
 
     An index may occur several times; its rows are summed before anything else is done with the
-    gradient, so that a step equals the step with `to_dense()` to the bit. Rows that do not occur
-    have a gradient of zero and still move by their momentum and weight decay.
+    gradient, so that a step equals the step with `to_dense()` to the bit; where a norm clips, the
+    last bit may differ, as the norm is summed over these rows alone. Rows that do not occur have a
+    gradient of zero and still move by their momentum and weight decay.
 
     Args:
-        values: array of shape `(n, *row)`, any float type.
-        indices: integer array of shape `(n,)`, each from 0 to `dense_shape[0] - 1`, in any order.
+        values: array of shape `(*indices.shape, *row)`, any float type.
+        indices: integer array of any shape, each from 0 to `dense_shape[0] - 1`, in any order. It
+            is kept as one of shape `(n,)`, and the values as `(n, *row)`.
         dense_shape: the shape of the variable, `(rows, *row)`.
 
     Raises:
@@ -41,6 +45,10 @@ class IndexedSlices:
         self.values: npt.NDArray[Any] = unmasked("values", values)
         self.indices: npt.NDArray[Any] = unmasked("indices", indices)
         self.dense_shape: tuple[int, ...] = tuple(operator.index(n) for n in dense_shape)
+        shape = self.indices.shape
+        if len(shape) != 1 and self.values.shape == (*shape, *self.dense_shape[1:]):
+            self.indices = self.indices.reshape(-1)
+            self.values = self.values.reshape(-1, *self.dense_shape[1:])
         _check(self)
 
     def __repr__(self) -> str:
@@ -78,16 +86,12 @@ class IndexedSlices:
         _check(self)  # the arrays may have been written to since
         held = self.values.dtype
         wide = np.dtype(np.float32) if held.name in ("float16", "bfloat16") else held
-        order = np.argsort(self.indices, kind="stable")
+        order = np.argsort(self.indices, kind="stable").astype(np.int64, copy=False)
         rows = self.indices[order].astype(np.int64, copy=False)
-        is_first = np.ones(len(rows), bool)
-        is_first[1:] = rows[1:] != rows[:-1]
-        sums = self.values[order[is_first]].astype(wide, copy=False)
-        if len(sums) != len(rows):
-            repeats = ~is_first
-            target = (np.cumsum(is_first) - 1)[repeats]
-            np.add.at(sums, target, self.values[order[repeats]].astype(wide, copy=False))
-        return rows[is_first], np.ascontiguousarray(sums)
+        is_first = np.ones(len(rows) + 1, bool)
+        is_first[1:-1] = rows[1:] != rows[:-1]
+        values = np.ascontiguousarray(self.values.astype(wide, copy=False))
+        return rows[is_first[:-1]], sums_of_rows(values, order, np.flatnonzero(is_first))
 
 
 def unmasked(name: str, given: Any) -> npt.NDArray[Any]:

@@ -41,6 +41,7 @@ from .backends.torch import (
     making_state,
     zeros_like,
 )
+from .embedding import Embedding, EmbeddingBag, Rows, defer
 from .kernels.cpu import Work
 from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 def __dir__() -> list[str]:
     return __all__
+
+__all__ = ["Adam", "AdamW", "Embedding", "EmbeddingBag", "defer"]
 
 
 class _Extra(NamedTuple):
@@ -465,6 +468,21 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
     # --- state ---
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as in torch.optim; the rows of embeddings are brought up to date before."""
+        self._catch_up()
+        return super().state_dict()  # type: ignore[no-any-return]
+
+    def _catch_up(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(p, Rows):
+                    p.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._catch_up()
+        return super().__getstate__()  # type: ignore[no-any-return]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state that `state_dict` of this class, or of torch's, returned.
 
@@ -478,6 +496,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         Raises:
             ValueError: if groups, names or shapes do not fit. Nothing has been changed then.
         """
+        self._catch_up()
         # After all hooks of the user, before torch casts everything to the parameters' dtypes.
         handle = self.register_load_state_dict_pre_hook(_prepared)
         try:

@@ -31,6 +31,8 @@ _MODULES = {
 @cache
 def _of_type(kind: type) -> str | None:
     for base in kind.__mro__:
+        if base.__module__ == "omniadam.table":
+            return "numpy"
         package = base.__module__.partition(".")[0]
         if package in _MODULES:
             return package

@@ -201,6 +201,16 @@ class HostMemory(Backend):
         """Whether a glance shows that everything lies where it did when it was located last."""
         return False
 
+    def is_apart(self, entry: Entry) -> bool:
+        """Whether no kernel takes a variable together with others."""
+        return False
+
+    def pass_over(
+        self, kind: Pass, rule: Rule, entry: Entry, operand: Operand, gradient: Any, dtype: str
+    ) -> Any:
+        """A pass over one variable by itself, which is done by its `add_to`."""
+        return Odd(kind, rule, operand, gradient, dtype, self.team)
+
     def _located(self, selection: Selection) -> Located:
         """What is prepared for where variables and state lie now."""
         before: Located | None = selection.prepared
@@ -218,7 +228,10 @@ class HostMemory(Backend):
             self._check_state(entry)
         _check_distinct(entries, operands)
         are_compiled = cpu.available()
-        compiled = [are_compiled and layout.is_regular(operand) for operand in operands]
+        compiled = [
+            are_compiled and layout.is_regular(operand) and not self.is_apart(entry)
+            for entry, operand in zip(entries, operands, strict=True)
+        ]
         rest = zip(selection.rest, compiled[len(selection.entries) :], strict=True)
         selection.prepared = located = Located(
             places,
@@ -296,7 +309,7 @@ class HostMemory(Backend):
         for i, (gradient, dtype) in odd.items():
             kind = group.kind._replace(decayed=group.kind.decayed and entries[i].decayed)
             one = array("d", [factors[i]]) if factors else factors
-            each = Odd(kind, group.rule, operands[i], gradient, dtype, self.team)
+            each = self.pass_over(kind, group.rule, entries[i], operands[i], gradient, dtype)
             parts.append(([i], each.add_to(work, one, coefficients)))
         return lambda: in_order(parts)
 

@@ -12,7 +12,10 @@ from .. import versions
 from ..kernels import layout
 from ..kernels.cpu import SparseRows
 from ..kernels.layout import Operand, Region
+from ..kernels.rows import Clock, Step, is_deferrable
+from ..rule import Pass, Rule
 from ..sparse import IndexedSlices
+from ..table import Deferred, Slot, Table
 from .base import FLOATS, Entry, Fast, received
 from .host import HostMemory
 
@@ -22,7 +25,7 @@ Array = npt.NDArray[Any]
 
 
 class NumPy(HostMemory):
-    """Variables are writable `np.ndarray`s."""
+    """Variables are writable `np.ndarray`s, and tables."""
 
     name: ClassVar[str] = "numpy"
 
@@ -31,12 +34,18 @@ class NumPy(HostMemory):
 
         return FastNumPy()
 
-    def region(self, values: Array) -> Region:
-        return layout.region_of(values)
+    def region(self, values: Any) -> Region:
+        return layout.region_of(memory_of(values))
 
     def operand(self, entry: Entry) -> Operand:
+        table = entry.variable
+        if isinstance(table, Table) and entry.slots and not table.owned_by(self):
+            raise ValueError(
+                f"Table '{entry.name}' of shape {entry.shape} does not belong to this optimizer "
+                "any more: its release() was called. Create a new optimizer for it."
+            )
         for held in (*entry.slots, entry.accumulator, entry.average):
-            if held is not None and not held.flags.writeable:
+            if held is not None and not memory_of(held).flags.writeable:
                 raise ValueError(
                     f"The optimizer's state for variable '{entry.name}' must stay writable, as it "
                     "was built. One of its arrays of shape "
@@ -50,13 +59,21 @@ class NumPy(HostMemory):
     def value(self, variable: Array) -> Any:
         return variable.item()  # without a look at the name of its type, which takes longer
 
-    def floats(self, values: Array, entry: Entry) -> Array:
-        return values.astype(entry.slot_dtype, copy=False)
+    def floats(self, values: Any, entry: Entry) -> Array:
+        return memory_of(values).astype(entry.slot_dtype, copy=False)
 
-    def name_of(self, variable: Array) -> None:
-        return None
+    def name_of(self, variable: Any) -> str | None:
+        return variable.name if isinstance(variable, Table) else None
+
+    def shown(self, variable: Any) -> Any:
+        return variable.present() if isinstance(variable, Deferred) else variable
+
+    def array(self, variable: Any) -> Any:
+        return self.shown(variable)
 
     def describe(self, variable: Any, name: str) -> Entry:
+        if isinstance(variable, Table):
+            return Entry(variable, name, variable.shape, variable.dtype.name)
         if not isinstance(variable, np.ndarray) or isinstance(variable, np.ma.MaskedArray):
             raise TypeError(
                 f"Variable '{name}' must be a writable NumPy array. Received: "
@@ -88,18 +105,41 @@ class NumPy(HostMemory):
             )
         return Entry(variable, name, variable.shape, variable.dtype.name)
 
-    def zeros(self, entry: Entry, dtype: str) -> Array:
-        return np.zeros_like(entry.variable, dtype, subok=False)
+    def zeros(self, entry: Entry, dtype: str) -> Any:
+        table = entry.variable
+        if not isinstance(table, Table):
+            return np.zeros_like(table, dtype, subok=False)
+        table.claim(self, self.turn, Clock(len(table), self.team))
+        return Slot(np.zeros(table.shape, dtype), table)
+
+    def is_apart(self, entry: Entry) -> bool:
+        return isinstance(entry.variable, Table)
+
+    def pass_over(
+        self, kind: Pass, rule: Rule, entry: Entry, operand: Operand, gradient: Any, dtype: str
+    ) -> Any:
+        table = entry.variable
+        if isinstance(table, Table):
+            if isinstance(gradient, SparseRows) and is_deferrable(kind, rule):
+                held = table.memory, *(slot.memory for slot in entry.slots)
+                return Step(table.clock, (kind, rule, operand, held), gradient, dtype)
+            if not kind.measures_only:
+                table.flush()
+        return super().pass_over(kind, rule, entry, operand, gradient, dtype)
 
     def create(self, value: Array) -> Array:
         return np.array(value)
 
-    def numpy(self, variable: Array) -> Array:
+    def numpy(self, variable: Any) -> Array:
+        variable = self.shown(variable)
         is_bfloat16 = variable.dtype.name == "bfloat16"  # of the package ml_dtypes
         return np.array(variable, np.float32 if is_bfloat16 else None)
 
-    def assign(self, variable: Array, value: Any) -> None:
-        variable[...] = value
+    def assign(self, variable: Any, value: Any) -> None:
+        if isinstance(variable, Deferred):
+            variable.assign(value)
+        else:
+            variable[...] = value
 
     def gradient(self, gradient: Any, entry: Entry) -> Any:
         if isinstance(gradient, IndexedSlices):
@@ -159,6 +199,11 @@ class NumPy(HostMemory):
 
         vjp, value = make_vjp(checked, 0)(list(variables))
         return list(vjp(np.ones_like(value) if grad_loss is None else grad_loss))
+
+
+def memory_of(values: Any) -> Array:
+    """The array that a variable or a slot is, or is in."""
+    return values.memory if isinstance(values, Deferred) else values
 
 
 def _usable(gradient: Array) -> Array:

@@ -16,12 +16,15 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from .. import fast, options, versions
+from ..embedding import Rows
 from ..kernels import layout
 from ..kernels.cpu import SparseRows, Team
 from ..kernels.layout import Operand, Region
-from ..rule import Pass
+from ..kernels.rows import Clock, Step, is_deferrable
+from ..rule import Pass, Rule
 from ..sparse import IndexedSlices
 from ..tuned import HUGE
+from . import sharded
 from .base import (
     HALVES,
     Backend,
@@ -115,6 +118,7 @@ class Torch(Backend):
         # Counters live on the host, so that no step reads one back from a device: each tensor, an
         # array over its memory, and where that is.
         self._counters: dict[int, tuple[Tensor, Array, int]] = {}
+        self._rows: dict[int, Rows] = {}  # whose slot it is, by the identity of that
         self._device = torch.device("cpu")  # of what is created for no variable in particular
 
     def make_fast(self) -> Fast:
@@ -153,6 +157,8 @@ class Torch(Backend):
         dtype, shape = _DTYPES.get(variable.dtype), tuple(variable.shape)
         fault = None if dtype is None else self._fault(variable)
         if dtype is not None and fault is None:
+            if isinstance(variable, Rows):
+                return Entry(variable.plain(), name, shape, dtype, key=variable)
             return Entry(variable, name, shape, dtype)
         what = f"Variable '{name}' of shape {shape} and dtype {variable.dtype}"
         if dtype is None:
@@ -184,7 +190,17 @@ class Torch(Backend):
 
     def zeros(self, entry: Entry, dtype: str) -> Tensor:
         with making_state():
-            return zeros_like(entry.variable, _BY_NAME[dtype])
+            slot = zeros_like(entry.variable, _BY_NAME[dtype])
+        if isinstance(entry.key, Rows):
+            self._rows[id(slot)] = entry.key
+        return slot
+
+    def shown(self, variable: Tensor) -> Tensor:
+        rows = self._rows.get(id(variable))
+        if rows is None:
+            return variable
+        rows.flush()
+        return variable.detach().clone()
 
     def create(self, value: Array) -> Tensor:
         with torch.inference_mode(False):
@@ -221,7 +237,7 @@ class Torch(Backend):
         return options.rate("learning_rate", value)  # type: ignore[no-any-return]
 
     def numpy(self, variable: Tensor) -> Array:
-        tensor = variable.detach().cpu().clone()
+        tensor = self.shown(variable).detach().cpu().clone()
         return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
     def assign(self, variable: Tensor, value: Any) -> None:
@@ -229,6 +245,8 @@ class Torch(Backend):
         if counter is not None:
             counter[...] = value
             return
+        if (rows := self._rows.get(id(variable))) is not None:
+            rows.deferral.forget()
         with _writing(variable):
             if isinstance(value, (int, float)):
                 variable.fill_(value)
@@ -503,7 +521,34 @@ class TorchMemory(Torch, HostMemory):
         return selection.prepared.places
 
     def is_located(self, selection: Selection) -> bool:
+        for entry in (*selection.entries, *selection.rest):
+            if isinstance(entry.key, Rows):
+                now = entry.key.plain()
+                if sharded.place(now) != sharded.place(entry.variable):
+                    entry.variable = now  # its `data` was replaced
         return self.fast is not None and bool(self.fast.is_located(selection))
+
+    def is_apart(self, entry: Entry) -> bool:
+        return isinstance(entry.key, Rows)
+
+    def pass_over(
+        self, kind: Pass, rule: Rule, entry: Entry, operand: Operand, gradient: Any, dtype: str
+    ) -> Any:
+        if isinstance(entry.key, Rows):
+            deferral = entry.key.deferral
+            is_flat = layout.is_in_order(operand.variable) and layout.is_regular(operand)
+            if isinstance(gradient, SparseRows) and is_flat and is_deferrable(kind, rule):
+                clock = deferral.claim(self, lambda: self._clock(entry))
+                return Step(clock, (kind, rule, operand, _tensors(entry)), gradient, dtype)
+            if not kind.measures_only:
+                deferral.flush()
+        return super().pass_over(kind, rule, entry, operand, gradient, dtype)
+
+    def _clock(self, entry: Entry) -> Clock:
+        clock = Clock(entry.shape[0], self.team)
+        integers = torch.int64 if entry.slot_dtype == "float64" else torch.int32
+        clock.is_fresh = not any(bool(slot.view(integers).any()) for slot in entry.slots)
+        return clock
 
     def check_built(self, entries: Sequence[Entry]) -> None:
         if self.fast is None or not self.fast.is_as_built(entries):

@@ -25,10 +25,10 @@ from ..tuned import PARALLEL
 
 # What a job holds beside the words that a kernel reads.
 _KERNEL, _TASK, _HELPERS, _YIELD, _COUNT_OF_PLACES, _PLACES, _COEFFICIENTS = range(
-    cpu._WORDS, cpu._WORDS + 7
+    cpu.WORDS, cpu.WORDS + 7
 )
-_COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS, _MEASURED = range(cpu._WORDS + 7, cpu._WORDS + 11)
-_ARGUMENTS = cpu._WORDS + 11  # five words, of which XLA's functions take their arguments
+_COUNT_OF_COEFFICIENTS, _FIRST_CHUNKS, _TENSORS, _MEASURED = range(cpu.WORDS + 7, cpu.WORDS + 11)
+_ARGUMENTS = cpu.WORDS + 11  # five words, of which XLA's functions take their arguments
 _BUSY = _ARGUMENTS + 5  # by whom a call was begun that is not over: one, or those who wait as well
 _KEY, _LINK = _BUSY + 1, _BUSY + 2  # what a program knows a job by, and the next job
 _WORDS = _BUSY + 3
@@ -148,8 +148,8 @@ def _build_handler() -> Any:
             view(to_pointer(places[i], int64), (1,))[0] = data_of(arguments[2 + i])
         # A helper may come as late as this from the step before: it finds nothing to do until all
         # the rest is in its place.
-        exchange(job + 8 * cpu._DONE, 0)
-        exchange(job + 8 * cpu._NEXT, 0)
+        exchange(job + 8 * cpu.DONE, 0)
+        exchange(job + 8 * cpu.NEXT, 0)
         for _ in range(j[_HELPERS]):
             j[_ARGUMENTS], j[_ARGUMENTS + 1], j[_ARGUMENTS + 2] = 40, 0, f[3]
             j[_ARGUMENTS + 3], j[_ARGUMENTS + 4] = j[_TASK], job
@@ -160,12 +160,12 @@ def _build_handler() -> Any:
                 destroy = view(to_pointer(f[2] + 64, int64), (1,))[0]
                 call(destroy, job + 8 * _ARGUMENTS)
         call_kernel(j[_KERNEL], job + 8 * cpu._RESULT, job)
-        while fetch_add(job + 8 * cpu._DONE, 0) < j[cpu._COUNT]:
+        while fetch_add(job + 8 * cpu.DONE, 0) < j[cpu.COUNT]:
             if j[_YIELD] != 0:
                 call(j[_YIELD], 0)
         m = j[_MEASURED]
         if m != 0:
-            partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu._COUNT] * m,))
+            partials = view(to_pointer(j[cpu._PARTIALS], float64), (j[cpu.COUNT] * m,))
             first = view(to_pointer(j[_FIRST_CHUNKS], int64), (j[_TENSORS] + 1,))
             # What was measured is the last result.
             result = view(to_pointer(f[14], int64), (f[12],))[f[12] - 1]
@@ -335,8 +335,8 @@ class Job:
         self._elements = sum(sizes)
         self._words = words = np.zeros(_WORDS, np.int64)
         words[cpu._ADDRESSES], words[cpu._GRADIENTS] = rows, gradients
-        words[cpu._CHUNKS], words[cpu._COUNT] = self._chunks.ctypes.data, len(self._chunks)
-        words[cpu._COEFFICIENTS] = at
+        words[cpu._CHUNKS], words[cpu.COUNT] = self._chunks.ctypes.data, len(self._chunks)
+        words[cpu.COEFFICIENTS] = at
         words[cpu._FACTORS] = at + 8 * fixed
         words[cpu._PARTIALS] = self._partials.ctypes.data
         words[_KERNEL], words[_TASK] = jit.address_of(kernel), _entry(_build_task)

@@ -54,9 +54,9 @@ _REDUCING = frozenset({"reassoc"})
 PASS_C, _ZERO = len(PassCoefficients._fields), PassCoefficients._fields.index("zero")
 
 # The words of a job, a small array of int64 that a kernel is given the address of.
-_ADDRESSES, _GRADIENTS, _CHUNKS, _COUNT, _FACTORS, _COEFFICIENTS, _PARTIALS = range(7)
-_NEXT, _DONE, _RESULT, IGNORED, KERNEL = 7, 8, 9, 10, 11
-_WORDS = 12
+_ADDRESSES, _GRADIENTS, _CHUNKS, COUNT, _FACTORS, COEFFICIENTS, _PARTIALS = range(7)
+NEXT, DONE, _RESULT, IGNORED, KERNEL = 7, 8, 9, 10, 11
+WORDS = 12
 
 Int64s = npt.NDArray[np.int64]
 
@@ -277,15 +277,15 @@ def _build_pass(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
     put_sums = _tuple(p.njit, "to, i, x", "put(to, i + {k}, x[{k}])", measured, put=put)
 
     def kernel(job: int) -> Any:
-        j = view(to_pointer(job, int64), (_WORDS,))
-        count = j[_COUNT]
+        j = view(to_pointer(job, int64), (WORDS,))
+        count = j[COUNT]
         while True:
             # Nothing but the job is read before a chunk is taken: without one, the step may be over
             # and its arrays gone.
-            k = fetch_add(job + 8 * _NEXT, 1)
+            k = fetch_add(job + 8 * NEXT, 1)
             if k >= count:
                 break
-            c = view(to_pointer(j[_COEFFICIENTS], float64), (PASS_C + coefficients,))
+            c = view(to_pointer(j[COEFFICIENTS], float64), (PASS_C + coefficients,))
             pass_c, rule_c = pass_numbers(c), rule_numbers(c)
             zero = pass_c[_ZERO]
             chunks = view(to_pointer(j[_CHUNKS], int64), (5 * count,))
@@ -335,8 +335,8 @@ def _build_pass(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
             if measured:
                 partials = view(to_pointer(j[_PARTIALS], float64), (count * measured,))
                 put_sums(partials, k * measured, totals)
-            fetch_add(job + 8 * _DONE, 1)
-        return fetch_add(job + 8 * _DONE, 0)
+            fetch_add(job + 8 * DONE, 1)
+        return fetch_add(job + 8 * DONE, 0)
 
     return kernel
 
@@ -534,7 +534,7 @@ def _finish(kernel: jit.Kernel, job: array[int]) -> None:
         time.sleep(0)
         kernel(address + 8 * _RESULT, 0, address)
 
-    _until(lambda: job[_RESULT] >= job[_COUNT], look)
+    _until(lambda: job[_RESULT] >= job[COUNT], look)
 
 
 class Team:
@@ -678,10 +678,10 @@ class Sweep:
         # A variable without elements has no chunk and must not take its neighbour's sum.
         self._first_chunk = np.searchsorted(self._chunks[:, 0], np.arange(len(sizes) + 1)).tolist()
         self._sources = array("q", [_address(sparse.values), _address(_zeros)]) if sparse else None
-        self._job = array("q", [0] * _WORDS)
+        self._job = array("q", [0] * WORDS)
         self._job[_ADDRESSES] = _address(self._addresses)
         self._job[_CHUNKS] = _address(self._chunks)
-        self._job[_COUNT] = len(self._chunks)
+        self._job[COUNT] = len(self._chunks)
 
     # Found on first use: a pass that is only prepared compiles nothing.
     @cached_property
@@ -697,7 +697,7 @@ class Sweep:
         job = self._job[:]  # each run has its own counters: a helper may come late to an old one
         job[_GRADIENTS] = (self._sources or gradients).buffer_info()[0]
         job[_FACTORS] = factors.buffer_info()[0]
-        job[_COEFFICIENTS] = coefficients.buffer_info()[0]
+        job[COEFFICIENTS] = coefficients.buffer_info()[0]
         return job
 
     def add_to(

@@ -103,7 +103,7 @@ def _is_flat(region: Region) -> bool:
     return True
 
 
-def _is_in_order(region: Region) -> bool:
+def is_in_order(region: Region) -> bool:
     """Whether the elements lie densely in memory, the last axis first."""
     reach = region.itemsize
     for stride, n in zip(reversed(region.strides), reversed(region.shape), strict=True):
@@ -222,6 +222,14 @@ class Odd:
         gradient_dtype: str,
         team: Team = HELPERS,
     ) -> None:
+        if kind.measures_only and not kind.accumulated and isinstance(gradient, SparseRows):
+            # The rows alone, in order: zeros add nothing. Of the variable nothing is read.
+            values = gradient.values
+            gradient, blank = region_of(values), values
+            if not cpu.available():
+                blank = np.zeros(values.shape, STORAGE[operand.dtype])
+            operand = Operand(operand.dtype, region_of(blank))
+            self._rows = values, blank
         self._kind, self._rule, self._operand = kind, rule, operand
         self._team = team
         self._gradient_dtype = gradient_dtype
@@ -229,7 +237,7 @@ class Odd:
         self._sparse = gradient if isinstance(gradient, SparseRows) else None
         self._dense = None if isinstance(gradient, SparseRows) else gradient
         self._sweep: Sweep | None = None
-        in_order = self._sparse is None or _is_in_order(operand.variable)
+        in_order = self._sparse is None or is_in_order(operand.variable)
         if self._compiled and in_order and is_regular(operand, self._dense):
             self._address = array("q", _addresses([self._dense]))
             addresses = _addresses(operand.streams(kind))
@@ -284,7 +292,7 @@ class Odd:
         factors: array[float],
         coefficients: array[float],
     ) -> None:
-        element = _on_numpy(self._kind, self._rule, self._operand.dtype)
+        element = on_numpy(self._kind, self._rule, self._operand.dtype)
         factor = factors[0] if factors else 1.0
         for pieces, gradient in self._pieces():
             if self._compiled:
@@ -374,7 +382,8 @@ class OnNumPy:
     minimum, maximum, where = np.minimum, np.maximum, np.where
 
 
-def _on_numpy(kind: Pass, rule: Rule, dtype: str) -> Callable[..., Any]:
+def on_numpy(kind: Pass, rule: Rule, dtype: str) -> Callable[..., Any]:
+    """`rule.make_element` on NumPy's functions, of whole arrays."""
     return arithmetic.make_element(
         kind,
         rule.bind(OnNumPy),
