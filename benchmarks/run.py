@@ -329,6 +329,49 @@ def memory(sets: list[str]) -> list[list[str]]:
     return [["Memory traffic, where memory is the limit:"], bandwidth(sets[1:] or sets)]
 
 
+SPARSE = [
+    (1_000_000, 64, "zipf", "cold", 0.0),
+    (1_000_000, 64, "uniform", "cold", 0.0),
+    (1_000_000, 64, "uniform", "aged", 0.0),
+    (1_000_000, 64, "zipf", "cold", 0.01),
+    (10_000_000, 16, "zipf", "cold", 0.0),
+    (10_000_000, 16, "uniform", "cold", 0.0),
+    (10_000_000, 16, "uniform", "aged", 0.0),
+]
+
+
+def sparse(sets: list[str]) -> list[list[str]]:
+    lines = [
+        "| table, ids | ms a step | our pass over all rows | Keras on TensorFlow | SparseAdam |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for count, width, how, state, decay in SPARSE:
+        arguments = [str(count), str(width), how, state, *([str(decay)] if decay else [])]
+        out = child([str(HERE / "sparse.py"), *arguments], KERAS_BACKEND="tensorflow")
+        found = json.loads(out.splitlines()[-1])
+        own, _, _ = found["table"]
+        cells = []
+        for name in ("dense", "Keras on TensorFlow", "SparseAdam"):
+            if name not in found:
+                cells.append("")
+                continue
+            theirs, low, high = found[name]
+            result = {"ours": own, "theirs": theirs, "spread": [low / own, high / own]}
+            measured.append({"peer": name, "set": " ".join(arguments), "mode": "sparse", **result})
+            cells.append(cell(result))
+        what = f"{count:,} x {width}, {how}, {state}" + (", weight decay" if decay else "")
+        lines.append(f"| {what} | {milliseconds(own)} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    found = json.loads(child([str(HERE / "sparse.py"), "pauses"]).splitlines()[-1])
+    measured.append({"pauses": found})
+    picture.draw_pauses(found, ROOT / "docs" / "pauses.png")
+    legend = (
+        "A table of embeddings, by a lookup of 4,096 ids and a step with their gradients. "
+        "SparseAdam computes something else: rows without a gradient stay as they are."
+    )
+    return [[legend], lines]
+
+
 SECTIONS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "numpy": numpy_arrays,
     "libraries": libraries,
@@ -336,6 +379,7 @@ SECTIONS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "loops": loops,
     "tensors": tensors,
     "fit": epochs,
+    "sparse": sparse,
     "memory": memory,
     "small": lambda sets: [small()],
     "accuracy": lambda sets: [accuracy()],

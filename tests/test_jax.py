@@ -687,7 +687,7 @@ def test_every_chunk_is_done_when_a_step_is_over(monkeypatch: pytest.MonkeyPatch
     # Each of the nine asked once more than there were chunks.
     asked, end = 0, time.monotonic() + 10
     while asked < 9 and time.monotonic() < end:
-        asked = int(job._words[cpu._NEXT] - job._words[cpu._COUNT])
+        asked = int(job._words[cpu.NEXT] - job._words[cpu.COUNT])
     assert asked >= 9  # more, if a helper came so late that it served the next step too
 
 

@@ -719,8 +719,8 @@ def test_an_interrupt_before_the_step_leaves_it_undone(
 def test_step_waits_for_the_helper_that_is_in_its_last_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = array("q", [0] * cpu._WORDS)
-    job[cpu._COUNT] = 5
+    job = array("q", [0] * cpu.WORDS)
+    job[cpu.COUNT] = 5
     done: list[int] = []
     monkeypatch.setattr(cpu._helpers, "wakers", lambda *_: [])
 
@@ -750,11 +750,11 @@ def test_step_waits_for_the_helper_that_is_in_its_last_chunk(
 def test_late_helper_touches_nothing_but_its_job(kernel_of: Callable[[], jit.Kernel]) -> None:
     """Of a step that is over: its arrays may be gone. What is read here instead is made up."""
     count = 3
-    job = array("q", [0] * cpu._WORDS)
+    job = array("q", [0] * cpu.WORDS)
     made_up = (ctypes.c_double * 16)(*[7.0] * 16)
-    for word in (cpu._ADDRESSES, cpu._CHUNKS, cpu._FACTORS, cpu._COEFFICIENTS, cpu._PARTIALS):
+    for word in (cpu._ADDRESSES, cpu._CHUNKS, cpu._FACTORS, cpu.COEFFICIENTS, cpu._PARTIALS):
         job[word] = ctypes.addressof(made_up)
-    job[cpu._COUNT] = job[cpu._NEXT] = job[cpu._DONE] = count
+    job[cpu.COUNT] = job[cpu.NEXT] = job[cpu.DONE] = count
     address, _ = job.buffer_info()
     kernel_of()(address + 8 * cpu._RESULT, 0, address)
     assert job[cpu._RESULT] == count and list(made_up) == [7.0] * 16

@@ -125,15 +125,23 @@ def test_attributes() -> None:
 
 
 def test_names_of_the_package() -> None:
-    names = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "info", "migrate", "schedules"]
-    assert sorted(omniadam.__all__) == names
+    assert sorted(omniadam.__all__) == PUBLIC["omniadam"]
     assert issubclass(AdamW, Adam) and issubclass(Adam, Optimizer)
     assert (Path(omniadam.__file__).parent / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+", omniadam.__version__)
 
 
 PUBLIC = {
-    "omniadam": ["Adam", "AdamW", "IndexedSlices", "Optimizer", "Table", "info", "migrate", "schedules"],
+    "omniadam": [
+        "Adam",
+        "AdamW",
+        "IndexedSlices",
+        "Optimizer",
+        "Table",
+        "info",
+        "migrate",
+        "schedules",
+    ],
     "omniadam.compat": ["contrib_keras", "optimizer_v2"],
     "omniadam.compat.contrib_keras": ["Adam"],
     "omniadam.compat.optimizer_v2": ["Adam", "VariableAggregation", "VariableSynchronization"],
@@ -151,7 +159,7 @@ PUBLIC = {
         "deserialize",
         "serialize",
     ],
-    "omniadam.torch": ["Adam", "AdamW"],
+    "omniadam.torch": ["Adam", "AdamW", "Embedding", "EmbeddingBag", "defer"],
 }
 
 

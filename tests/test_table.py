@@ -189,6 +189,8 @@ def test_whatever_happens(actions: list[tuple[str, Any]], name: str) -> None:
     pair = Pair(make)
     for action, value in actions:
         w, opts = (pair.array, pair.table), pair.optimizers
+        for opt, each, bias in zip(opts, w, pair.biases, strict=True):
+            opt.build([each, bias])
         if action == "step":
             pair.step(value)
         elif action == "pause":
@@ -212,7 +214,7 @@ def test_whatever_happens(actions: list[tuple[str, Any]], name: str) -> None:
         elif action == "none":  # no step of the table
             for opt, b in zip(opts, pair.biases, strict=True):
                 opt.apply_gradients([(np.ones_like(b), b)])
-        elif action == "weights" and opts[0].built:
+        elif action == "weights":
             for opt in opts:
                 opt.set_weights([x if x.ndim == 0 else 0.5 * x for x in opt.get_weights()])
         elif action == "saved":

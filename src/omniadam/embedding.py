@@ -146,10 +146,9 @@ class Deferral:
             clock = self.clock
             if clock is None or not clock.is_behind:
                 return
-            rows = np.unique(ids.detach().cpu().numpy()).astype(np.int64, copy=False)
-            if rows.size and (rows[0] < 0 or rows[-1] >= len(clock.seen)):
-                return  # PyTorch says what is wrong
-            clock.catch_up(rows)
+            rows = ids.detach().cpu().numpy().astype(np.int64, copy=False)
+            if rows.size and rows.min() >= 0 and rows.max() < len(clock.seen):
+                clock.catch_up_with(rows)  # else PyTorch says what is wrong
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -89,7 +89,7 @@ class Slot(Deferred):
     def assign(self, values: Any) -> None:
         """Overwrite it as a whole, as `Deferred.assign` does."""
         super().assign(values)
-        self._table.clock.is_fresh = False
+        self._table.forget()
 
 
 class Table(Deferred):
@@ -120,7 +120,7 @@ class Table(Deferred):
         >>> gradient = IndexedSlices(np.ones((1, 2), np.float32), [2], table.shape)
         >>> for _ in range(2):
         ...     calls = opt.apply_gradients([(gradient, table)])
-        >>> table.lookup([2, 0]).round(4).tolist()
+        >>> table.lookup([2, 0]).astype(float).round(4).tolist()
         [[-0.2, -0.2], [0.0, 0.0]]
 
     Source: Kingma & Ba 2014, https://arxiv.org/abs/1412.6980, with all rows at all steps, as
@@ -163,9 +163,9 @@ class Table(Deferred):
         """
         wanted = checked_ids(ids, len(self))
         with self._turn:
-            if self._clock is not None and self._clock.is_behind:
-                self._clock.catch_up(np.unique(wanted))
-            found: Array = self.memory[wanted]
+            if self._clock is not None:
+                self._clock.catch_up_with(wanted)
+            found: Array = self.memory.take(wanted, axis=0)
         return found
 
     def flush(self) -> None:
@@ -173,6 +173,13 @@ class Table(Deferred):
         with self._turn:
             if self._clock is not None:
                 self._clock.flush()
+
+    def forget(self) -> None:
+        """Be ready for a pass over all rows, or for other state: rows are not as they began."""
+        with self._turn:
+            self.flush()
+            if self._clock is not None:
+                self._clock.is_fresh = False
 
     def release(self) -> None:
         """Bring every row up to date, and leave the optimizer, which then refuses to step it."""

@@ -46,15 +46,13 @@ from .kernels.cpu import Work
 from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["Adam", "AdamW", "Embedding", "EmbeddingBag", "defer"]
 
 T = TypeVar("T")
 
 
 def __dir__() -> list[str]:
     return __all__
-
-__all__ = ["Adam", "AdamW", "Embedding", "EmbeddingBag", "defer"]
 
 
 class _Extra(NamedTuple):

@@ -124,7 +124,7 @@ class NumPy(HostMemory):
                 held = table.memory, *(slot.memory for slot in entry.slots)
                 return Step(table.clock, (kind, rule, operand, held), gradient, dtype)
             if not kind.measures_only:
-                table.flush()
+                table.forget()
         return super().pass_over(kind, rule, entry, operand, gradient, dtype)
 
     def create(self, value: Array) -> Array:

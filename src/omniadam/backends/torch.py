@@ -541,13 +541,16 @@ class TorchMemory(Torch, HostMemory):
                 clock = deferral.claim(self, lambda: self._clock(entry))
                 return Step(clock, (kind, rule, operand, _tensors(entry)), gradient, dtype)
             if not kind.measures_only:
-                deferral.flush()
+                deferral.forget()
         return super().pass_over(kind, rule, entry, operand, gradient, dtype)
 
     def _clock(self, entry: Entry) -> Clock:
         clock = Clock(entry.shape[0], self.team)
         integers = torch.int64 if entry.slot_dtype == "float64" else torch.int32
-        clock.is_fresh = not any(bool(slot.view(integers).any()) for slot in entry.slots)
+        # Slots that are in the user's hands, in a state of torch's, may be written to at any time.
+        clock.is_fresh = all(
+            id(slot) in self._rows and not slot.view(integers).any() for slot in entry.slots
+        )
         return clock
 
     def check_built(self, entries: Sequence[Entry]) -> None:

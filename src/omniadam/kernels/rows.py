@@ -471,6 +471,14 @@ class Clock:
             work.calls.append((setattr, self, "first", self.steps))
         work.whole(work.do)
 
+    def catch_up_with(self, ids: npt.NDArray[np.int64]) -> None:
+        """Bring the rows of these numbers up to date; they may be repeated."""
+        if self.is_behind:
+            flat = ids.reshape(-1)
+            late = flat[self.seen[flat] != self.steps]
+            if late.size:
+                self.catch_up(np.unique(late))
+
     def flush(self) -> None:
         """Bring all rows up to date."""
         self.catch_up()
