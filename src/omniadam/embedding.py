@@ -114,13 +114,12 @@ class Deferral:
         self._owner: Callable[[], Any] = lambda: None
         self._turn = threading.RLock()
 
-    def claim(self, owner: Any, make: Callable[[], Clock]) -> Clock:
-        """Be stepped by one optimizer from now on, which has another behind it up to date."""
-        with self._turn:
-            if self._owner() is not owner or self.clock is None:
-                self.flush()
-                self._owner, self.clock = weakref.ref(owner), make()
-            return self.clock
+    def claim(self, owner: Any, turn: Any, make: Callable[[], Clock]) -> Clock:
+        """Be stepped by one optimizer from now on, whose lock this is; all rows come up to date."""
+        if self._owner() is not owner or self.clock is None:
+            self.flush()
+            self._owner, self.clock, self._turn = weakref.ref(owner), make(), turn
+        return self.clock
 
     def flush(self) -> None:
         """Bring every row up to date."""

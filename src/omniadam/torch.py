@@ -327,6 +327,9 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 for bucket in self._buckets
                 for part in bucket.renewed(state, groups[bucket.group], replaced)
             ]
+            for bucket in self._buckets:
+                if bucket.has_state:
+                    bucket.backend.turn = self._turn()
         work, has_moved = [], False
         for bucket in self._buckets:
             if bucket.has_state:

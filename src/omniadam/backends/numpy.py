@@ -109,7 +109,7 @@ class NumPy(HostMemory):
         table = entry.variable
         if not isinstance(table, Table):
             return np.zeros_like(table, dtype, subok=False)
-        table.claim(self, self.turn, Clock(len(table), self.team))
+        table.claim(self, self.turn, Clock(len(table), self.turn, self.team))
         return Slot(np.zeros(table.shape, dtype), table)
 
     def is_apart(self, entry: Entry) -> bool:
@@ -122,7 +122,7 @@ class NumPy(HostMemory):
         if isinstance(table, Table):
             if isinstance(gradient, SparseRows) and is_deferrable(kind, rule):
                 held = table.memory, *(slot.memory for slot in entry.slots)
-                return Step(table.clock, (kind, rule, operand, held), gradient, dtype)
+                return Step(table.clock, kind, rule, operand, held, gradient, dtype)
             if not kind.measures_only:
                 table.forget()
         return super().pass_over(kind, rule, entry, operand, gradient, dtype)

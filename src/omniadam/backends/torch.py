@@ -538,14 +538,14 @@ class TorchMemory(Torch, HostMemory):
             deferral = entry.key.deferral
             is_flat = layout.is_in_order(operand.variable) and layout.is_regular(operand)
             if isinstance(gradient, SparseRows) and is_flat and is_deferrable(kind, rule):
-                clock = deferral.claim(self, lambda: self._clock(entry))
-                return Step(clock, (kind, rule, operand, _tensors(entry)), gradient, dtype)
+                clock = deferral.claim(self, self.turn, lambda: self._clock(entry))
+                return Step(clock, kind, rule, operand, _tensors(entry), gradient, dtype)
             if not kind.measures_only:
                 deferral.forget()
         return super().pass_over(kind, rule, entry, operand, gradient, dtype)
 
     def _clock(self, entry: Entry) -> Clock:
-        clock = Clock(entry.shape[0], self.team)
+        clock = Clock(entry.shape[0], self.turn, self.team)
         integers = torch.int64 if entry.slot_dtype == "float64" else torch.int32
         # Slots that are in the user's hands, in a state of torch's, may be written to at any time.
         clock.is_fresh = all(

@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
 from functools import cache
 from operator import setitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -387,68 +386,86 @@ def sums_of_rows(
     return sums
 
 
+class Log(NamedTuple):
+    """The steps that some rows have not made yet, all of one kind."""
+
+    kind: Pass
+    rule: Rule
+    operand: Operand
+    held: Any  # what must live for that
+    first: int  # the number of the first of them
+    history: npt.NDArray[np.float64]  # a row a step
+    by: npt.NDArray[np.float64]  # what holds for all of them
+
+
 class Clock:
     """Up to which step each row of a variable has come, and the numbers of the steps since.
 
     Args:
         rows: how many rows there are.
+        turn: the lock of whoever steps the variable.
         team: who shares large work.
     """
 
-    def __init__(self, rows: int, team: Team = HELPERS) -> None:
+    def __init__(self, rows: int, turn: Any, team: Team = HELPERS) -> None:
         # 0 of those that never had a gradient, while `is_fresh`: their moments are zero.
         self.seen: npt.NDArray[np.uint32] = np.zeros(rows, np.uint32)
         self.is_fresh = True
         self.steps = 0  # that were made
-        self.first = 0  # the first of those whose numbers are kept
-        self._history: npt.NDArray[np.float64] = np.zeros((0, NOTED))
-        self._by = _new_bounds()
-        self._team = team
-        # The kind of step, the rule, where its memory is, and what must live for that.
-        self._of: tuple[Pass, Rule, Operand, Any] | None = None
+        # A step that is only prepared changes nothing of it: another thread's may come first.
+        self._log: Log | None = None
+        self._turn, self._team = turn, team
 
     @property
     def is_behind(self) -> bool:
         """Whether there may be rows that have not come to the last step."""
-        return self.first < self.steps
+        return self._log is not None and self._log.first < self.steps
+
+    @property
+    def waiting(self) -> int:
+        """How many steps are noted for rows that may not have made them."""
+        return 0 if self._log is None else self.steps - self._log.first
 
     def add_step(
         self,
         work: Work,
-        of: tuple[Pass, Rule, Operand, Any],
+        kind: Pass,
+        rule: Rule,
+        operand: Operand,
+        held: Any,
         gradient: SparseRows,
         gradient_dtype: str,
         factor: float,
         coefficients: array[float],
     ) -> None:
         """Make a step part of what is done as a whole; the rows without a gradient put it off."""
-        full = self.steps - self.first >= MOST_STEPS or self.steps >= 2**32 - 2
-        if self._of is not None and (full or not _is_like(self._of, of)):
+        full = self.waiting >= MOST_STEPS or self.steps >= 2**32 - 2
+        if self._log is not None and (full or not _is_like(self._log, kind, rule, operand)):
             self.flush()
         if self.steps >= 2**32 - 2:  # seen counts no further
-            self.seen[:], self.steps, self.first = 0, 0, 0
-            self.is_fresh = False
-        self._of = of
+            with self._turn:
+                self.seen[:], self.steps, self._log, self.is_fresh = 0, 0, None, False
         noted = np.zeros(NOTED)
         noted[:4] = coefficients[PASS_C:]
         noted[_DECAY] = coefficients[PassCoefficients._fields.index("decay")]
         noted[_FACTOR] = factor
-        place = self.steps - self.first
-        if place >= len(self._history):
-            larger = np.zeros((max(64, 2 * place), NOTED))
-            larger[:place] = self._history[:place]
-            self._history = larger
-        bounds = self._bounds(noted, of[1])
-        work.calls.append((setitem, self._history, place, noted))
-        work.calls.append((setitem, self._by, ..., bounds))
-        self._add_rows(work, gradient.rows, gradient.values, gradient_dtype, coefficients)
-        work.calls.append((setattr, self, "steps", self.steps + 1))
+        place, steps, log = self.waiting, self.steps, self._log
+        history = np.zeros((64, NOTED)) if log is None else log.history
+        if place >= len(history):
+            history = np.concatenate([history, np.zeros_like(history)])
+        bounds = self._bounds(noted, rule)
+        log = Log(kind, rule, operand, held, steps - place, history, bounds)
+        work.calls.append((setitem, history, place, noted))
+        work.calls.append((setattr, self, "_log", log))
+        rows, values = gradient
+        self._add_rows(work, log, rows, values, gradient_dtype, coefficients)
+        work.calls.append((setattr, self, "steps", steps + 1))
 
     def _bounds(self, noted: npt.NDArray[np.float64], rule: Rule) -> npt.NDArray[np.float64]:
         """What holds for the steps noted before and for one more."""
         alpha, weight_1, weight_2, epsilon = map(float, noted[:4])
-        is_first = not self.is_behind
-        new = _new_bounds() if is_first else self._by.copy()
+        log = self._log if self.is_behind else None
+        new = _new_bounds() if log is None else log.by.copy()
         new[_LARGEST] = max(new[_LARGEST], alpha)
         new[_SMALLEST] = min(new[_SMALLEST], epsilon)
         # Rounding takes no more than this of a normal float away.
@@ -457,27 +474,30 @@ class Clock:
         is_sound = bool(np.isfinite(noted).all()) and 0.0 <= alpha < 1e37 and epsilon > 1e-37
         if not (is_sound and 0.0 <= weight_1 <= 1.0 and 0.0 <= weight_2 <= 1.0):
             new[_RESTS] = 0.0
-        if not is_first and not np.array_equal(noted[1:3], self._history[0, 1:3]):
+        if log is not None and not np.array_equal(noted[1:3], log.history[0, 1:3]):
             new[_STEADY] = 0.0
         return new
 
     def catch_up(self, rows: npt.NDArray[np.int64] | None = None) -> None:
         """Bring rows up to date: distinct ones, or all."""
-        if self._of is None or not self.is_behind:
-            return
-        work = Work()
-        self._add_rows(work, rows, None, self._of[2].dtype, array("d", PassCoefficients()))
-        if rows is None:
-            work.calls.append((setattr, self, "first", self.steps))
-        work.whole(work.do)
+        with self._turn:
+            log = self._log
+            if log is None or not self.is_behind:
+                return
+            work, numbers = Work(), array("d", PassCoefficients())
+            self._add_rows(work, log, rows, None, log.operand.dtype, numbers)
+            if rows is None:
+                work.calls.append((setattr, self, "_log", log._replace(first=self.steps)))
+            work.whole(work.do)
 
     def catch_up_with(self, ids: npt.NDArray[np.int64]) -> None:
         """Bring the rows of these numbers up to date; they may be repeated."""
-        if self.is_behind:
-            flat = ids.reshape(-1)
-            late = flat[self.seen[flat] != self.steps]
-            if late.size:
-                self.catch_up(np.unique(late))
+        with self._turn:
+            if self.is_behind:
+                flat = ids.reshape(-1)
+                late = flat[self.seen[flat] != self.steps]
+                if late.size:
+                    self.catch_up(np.unique(late))
 
     def flush(self) -> None:
         """Bring all rows up to date."""
@@ -486,36 +506,35 @@ class Clock:
     def _add_rows(
         self,
         work: Work,
+        log: Log,
         rows: npt.NDArray[np.int64] | None,
         values: Array | None,
         gradient_dtype: str,
         coefficients: array[float],
     ) -> None:
-        assert self._of is not None
-        kind, rule, operand, _ = self._of
-        now = self.steps + (values is not None)
+        operand, now = log.operand, self.steps + (values is not None)
         count = len(self.seen) if rows is None else len(rows)
         if count == 0:
             return
         width = operand.variable.size // len(self.seen)
         if not cpu.available():
-            work.add_python(self._on_numpy, rows, values, gradient_dtype, coefficients, now)
+            work.add_python(self._on_numpy, log, rows, values, gradient_dtype, coefficients, now)
             return
-        kernel = _kernel(kind, rule, operand.dtype, gradient_dtype)
+        kernel = _kernel(log.kind, log.rule, operand.dtype, gradient_dtype)
         streams = [operand.variable.address, *(slot.address for slot in operand.slots), 0]
         held = array("q", streams[:4])
         job = array("q", [0] * _ALL_WORDS)
         per = max(_TOGETHER // max(width, 1), 1)
         job[cpu.COUNT] = chunks = -(-count // per)
         job[cpu.COEFFICIENTS] = coefficients.buffer_info()[0]
-        job[_HISTORY], job[_BY] = self._history.ctypes.data, self._by.ctypes.data
-        job[_FIRST], job[_BEFORE], job[_NOW] = self.first, self.steps, now
+        job[_HISTORY], job[_BY] = log.history.ctypes.data, log.by.ctypes.data
+        job[_FIRST], job[_BEFORE], job[_NOW] = log.first, self.steps, now
         job[_ROWS] = 0 if rows is None else rows.ctypes.data
         job[_ROW_COUNT], job[_WIDTH] = count, width
         job[_STREAMS], job[_SEEN] = held.buffer_info()[0], self.seen.ctypes.data
         job[_FRESH] = self.is_fresh and operand.dtype == ARITHMETIC[operand.dtype]  # see is_half
         job[_VALUES] = 0 if values is None else values.ctypes.data
-        all_held = self._of, self._history, self._by, rows, values, coefficients, held
+        all_held = log, rows, values, coefficients, held
         team = self._team
         if count * width < team.smallest >> 3 or (size := min(team.size(), chunks)) < 2:
             work.add_kernel(kernel, job, 0, all_held)
@@ -524,14 +543,14 @@ class Clock:
 
     def _on_numpy(
         self,
+        log: Log,
         rows: npt.NDArray[np.int64] | None,
         values: Array | None,
         gradient_dtype: str,
         coefficients: array[float],
         now: int,
     ) -> None:
-        assert self._of is not None
-        kind, rule, operand, _ = self._of
+        kind, rule, operand = log.kind, log.rule, log.operand
         element = on_numpy(kind, rule, operand.dtype)
         shape = (len(self.seen), -1)
         w = operand.variable.array(STORAGE[operand.dtype]).reshape(shape)
@@ -539,9 +558,9 @@ class Clock:
         every = np.arange(len(self.seen)) if rows is None else rows
         before = self.steps
         seen = self.seen[every].astype(np.int64)
-        begun = np.maximum(seen, self.first)
+        begun = np.maximum(seen, log.first)
         is_idle = np.zeros(len(every), bool)
-        if self.is_fresh and self._by[_RESTS] and not (kind.decayed or kind.penalised):
+        if self.is_fresh and log.by[_RESTS] and not (kind.decayed or kind.penalised):
             is_idle = seen == 0
             begun[is_idle] = before
         at_once = np.argsort(begun, kind="stable")
@@ -549,7 +568,7 @@ class Clock:
         pass_c = PassCoefficients(*coefficients[:PASS_C])
 
         def step(at: Any, g: Any, s: int) -> None:
-            noted = self._history[s - self.first]
+            noted = log.history[s - log.first]
             new = element(
                 widened(w[at], operand.dtype),
                 g,
@@ -576,37 +595,22 @@ class Clock:
 
 
 class Step:
-    """A step of a variable by some of its rows.
+    """A step of a variable by some of its rows: see `Clock.add_step`."""
 
-    Args:
-        clock: of its rows.
-        of: the kind of step, the rule, where its memory is, and what must live for that.
-        gradient: the rows.
-        gradient_dtype: of their values.
-    """
-
-    def __init__(
-        self,
-        clock: Clock,
-        of: tuple[Pass, Rule, Operand, Any],
-        gradient: SparseRows,
-        gradient_dtype: str,
-    ) -> None:
+    def __init__(self, clock: Clock, *of: Any) -> None:
         self._clock, self._of = clock, of
-        self._gradient, self._gradient_dtype = gradient, gradient_dtype
 
     def add_to(self, work: Work, factors: array[float], coefficients: array[float]) -> Sums:
         """As `Sweep.add_to` for this variable."""
-        factor = factors[0] if factors else 1.0
-        arguments = self._of, self._gradient, self._gradient_dtype, factor, coefficients
-        self._clock.add_step(work, *arguments)
+        add_step: Any = self._clock.add_step
+        add_step(work, *self._of, factors[0] if factors else 1.0, coefficients)
         return list
 
 
-def _is_like(a: tuple[Pass, Rule, Operand, Any], b: tuple[Pass, Rule, Operand, Any]) -> bool:
-    """Whether steps of one kind may be made with the kernel and the memory of the other."""
-    same: Callable[[Operand], Sequence[Any]] = lambda o: (o.dtype, *o.every())  # noqa: E731
-    return a[0] == b[0] and a[1] == b[1] and same(a[2]) == same(b[2])
+def _is_like(log: Log, kind: Pass, rule: Rule, operand: Operand) -> bool:
+    """Whether a step may be noted after others: of one kind, on the same memory."""
+    own, other = log.operand, operand
+    return (log.kind, log.rule, own.dtype, own.every()) == (kind, rule, other.dtype, other.every())
 
 
 def _new_bounds() -> npt.NDArray[np.float64]:
