@@ -207,8 +207,8 @@ FAULTS = [
     ),
     Fault(
         "kernels/cpu.py",
-        "part[:, 2] = np.minimum(CHUNK, size - offsets)",
-        "part[:, 2] = np.minimum(CHUNK, size - offsets - (size > CHUNK))",
+        "np.minimum(CHUNK, every[tensors] - chunks[:, 1])",
+        "np.minimum(CHUNK, every[tensors] - chunks[:, 1] - (every[tensors] > CHUNK))",
         NUMPY,
     ),
     Fault(
@@ -234,6 +234,51 @@ FAULTS = [
         "if stride < reach:",
         "if stride < 0:",
         "test_bad_input.py -k test_variable",
+    ),
+    Fault(
+        "kernels/rows.py",
+        "double(2.0 ** -(_PRECISION[dtype] + 2))",
+        "double(2.0 ** -(_PRECISION[dtype] - 3))",
+        "test_table.py",
+    ),
+    Fault(
+        "kernels/rows.py", "is_moving = steady\n", "is_moving = True\n", "test_table.py -k early"
+    ),
+    Fault(
+        "kernels/rows.py",
+        "new[_LARGEST] = max(new[_LARGEST], alpha)",
+        "new[_LARGEST] = alpha",
+        "test_table.py -k rates_that_rise",
+    ),
+    Fault(
+        "kernels/rows.py", " and epsilon > 1e-37", "", "test_table.py -k 'same_bits and epsilon'"
+    ),
+    Fault(
+        "kernels/rows.py",
+        "may_rest = not (kind.decayed or kind.penalised)",
+        "may_rest = True",
+        "test_table.py -k 'same_bits and weight_decay'",
+    ),
+    Fault(
+        "kernels/rows.py",
+        "bool(np.isfinite(noted).all()) and",
+        "",
+        "test_table.py -k early",
+    ),
+    Fault("table.py", "self._clock.is_fresh = False", "pass", "test_table.py -k whatever"),
+    Fault(
+        "embedding.py", "                each.flush()", "                pass", "test_embedding.py"
+    ),
+    Fault(
+        "embedding.py",
+        """_catch_up(self.weight, input)
+        with _OUTSIDE():
+            return functional.embedding(
+""",
+        """with _OUTSIDE():
+            return functional.embedding(
+""",
+        "test_embedding.py -k back_by_a_forward",
     ),
     Fault(
         "kernels/jit.py",
