@@ -128,6 +128,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _buckets: Sequence[_Bucket] = ()
     _meshes: Sequence[sharded.Mesh] = ()
     _are_flat = False
+    # The keys of the state and what they had.
+    _known: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
     @options.leads_on("torch")
     def __init__(
@@ -321,7 +323,13 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         if absent != self._absent:
             self._absent = absent
             self._buckets = [part for bucket in self._buckets for part in bucket.split(absent)]
-        if not all(bucket.is_current(state, groups[bucket.group]) for bucket in self._buckets):
+        # As iterated: to look a tensor up calls its `__hash__`, a function in Python.
+        keys, held = self._known
+        is_known = len(state) == len(keys) and all(map(is_, state, keys))
+        is_known = is_known and all(map(is_, state.values(), held))
+        if not all(
+            bucket.is_current(state, groups[bucket.group], is_known) for bucket in self._buckets
+        ):
             self._buckets = [
                 part
                 for bucket in self._buckets
@@ -330,6 +338,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             for bucket in self._buckets:
                 if bucket.has_state:
                     bucket.backend.turn = self._turn()
+        if not is_known:
+            self._known = list(state), list(state.values())
         work, has_moved = [], False
         for bucket in self._buckets:
             if bucket.has_state:
@@ -523,7 +533,16 @@ else:
         return True  # torch's own wrapper looks
 
 
-_PREPARED = ("_is_watched", "_params", "_sizes", "_absent", "_buckets", "_meshes", "_are_flat")
+_PREPARED = (
+    "_is_watched",
+    "_params",
+    "_sizes",
+    "_absent",
+    "_buckets",
+    "_meshes",
+    "_are_flat",
+    "_known",
+)
 
 
 def _write(variable: Tensor, value: Tensor) -> None:
@@ -800,7 +819,7 @@ class _Bucket:
         self, state: Any, group: Mapping[str, Any], replaced: list[Replaced]
     ) -> list[_Bucket]:
         """The bucket by the state that its parameters have now, parted by what must be alike."""
-        if self.is_current(state, group):
+        if self.is_current(state, group, False):
             return [self]
         names = dict(zip(map(id, group["params"]), _names(group), strict=True))
         parts: dict[Any, tuple[list[int], list[Entry]]] = {}
@@ -856,8 +875,14 @@ class _Bucket:
         # Of plain tensors the backend sees it; of others it sees only what was taken out of them.
         return [] if self._is_plain else [sharded.place(t) for t in self._tensors]
 
-    def is_current(self, state: Any, group: Mapping[str, Any]) -> bool:
-        """Whether the state is what was prepared for, and counts what it was left to count."""
+    def is_current(self, state: Any, group: Mapping[str, Any], is_known: bool) -> bool:
+        """Whether the state is what was prepared for, and counts what it was left to count.
+
+        Args:
+            state: of the optimizer.
+            group: of the parameters.
+            is_known: whether each parameter has in the state what it had at the last step.
+        """
         if not fast.is_enabled():
             return False
         if _slot_names(group) != self._names:
@@ -866,7 +891,7 @@ class _Bucket:
             return self.is_absent and not any(map(state.get, self.params))
         if self._unreachable:  # nobody can tell cheaply
             return False
-        if not all(map(is_, map(state.get, self.params), self._states)):
+        if not (is_known or all(map(is_, map(state.get, self.params), self._states))):
             return False
         try:
             tensors: Iterable[Tensor] = self._reached()
