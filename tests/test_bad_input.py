@@ -1247,6 +1247,29 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+def test_what_newcomers_give() -> None:
+    """Each names what was meant."""
+    torch = pytest.importorskip("torch")
+    import omniadam.torch
+
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"optimizer_v2.Adam\(learning_rate=1e-3, decay=0.01\)"):
+        Adam(0.1, decay=0.01)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"dict\(named_parameters\(\)\)"):
+        Adam().build(model.named_parameters())
+    for wrong in (model, 1e-3):
+        with pytest.raises(TypeError, match=r"model.parameters\(\) or"):
+            omniadam.torch.Adam(wrong)
+    with (
+        pytest.raises(RuntimeError, match="use_ema=True"),
+        omniadam.torch.Adam(model.parameters()).averaged(),
+    ):
+        pass
+    before = model.weight.detach().clone()
+    Adam(0.1).minimize(lambda: model(torch.ones(2)).sum(), model.parameters())  # a generator
+    assert not torch.equal(before, model.weight)
+
+
 @each("name", ELSEWHERE)
 def test_arguments_of_other_interfaces(name: str) -> None:
     given, here, there = ELSEWHERE[name]
@@ -1273,19 +1296,19 @@ def test_arguments_of_other_interfaces_in_the_drop_ins() -> None:
     import omniadam.torch
 
     keras = "For Keras's interface, `import omniadam`: omniadam.Adam"
-    torch = "For PyTorch's interface, `import omniadam.torch`: omniadam.torch.Adam"
     for make, given, here, there in (
         (omniadam.torch.Adam, {"params": [], "learning_rate": 0.1}, "`lr`", keras),
         (omniadam.torch.AdamW, {"params": [], "beta_1": 0.9}, "`betas`", keras),
-        (omniadam.keras.Adam, {"lr": 0.1}, "`learning_rate`", torch),
-        (omniadam.keras.AdamW, {"betas": (0.9, 0.99)}, "`beta_1` and `beta_2`", torch),
-        (omniadam.optax.adam, {"lr": 0.1}, "`learning_rate`", torch),
-        (omniadam.optax.adamw, {"learning_rate": 0.1, "epsilon": 0.1}, "`eps`", keras),
-        (omniadam.optax.scale_by_adam, {"betas": 0.1}, "`b1` and `b2`", torch),
+        (omniadam.keras.Adam, {"lr": 0.1}, "`learning_rate`", ""),
+        (omniadam.keras.AdamW, {"betas": (0.9, 0.99)}, "`beta_1` and `beta_2`", ""),
+        (omniadam.optax.adam, {"lr": 0.1}, "`learning_rate`", ""),
+        (omniadam.optax.adamw, {"learning_rate": 0.1, "epsilon": 0.1}, "`eps`", ""),
+        (omniadam.optax.scale_by_adam, {"betas": 0.1}, "`b1` and `b2`", ""),
     ):
         with pytest.raises(TypeError, match="unexpected keyword argument") as info:
             make(**given)
-        assert f"Its name here is {here}. {there}" in str(info.value)
+        assert f"Its name here is {here}. {there}".strip() in str(info.value)
+        assert ("interface" in str(info.value)) == bool(there)
 
 
 ATTRIBUTES = {

@@ -352,6 +352,9 @@ def defer(model: nn.Module) -> nn.Module:
     objects. Left as they are, with one warning that names them: subclasses, parametrized modules,
     those whose weight another module has too, and what PyTorch has no sparse gradient of.
 
+    Their gradients are sparse from now on. `torch.nn.utils.clip_grad_norm_` and other optimizers
+    may refuse those: `global_clipnorm` of `omniadam.torch.Adam` clips by the norm of all gradients.
+
     Args:
         model: any module; itself may be an embedding.
 

@@ -174,9 +174,11 @@ class Engine(Settings):
         kinds = [backend_of(variable) for variable in given]
         for i, (variable, kind) in enumerate(zip(given, kinds, strict=True)):
             if kind is None:
+                is_pair = isinstance(variable, tuple) and isinstance([*variable, None][0], str)
                 raise TypeError(
                     f"Variable {i if names is None else names[i]!r} must be a variable of one of "
                     f"these libraries: {supported()}. Received: {received(variable)}."
+                    + (" With names, give a mapping: dict(named_parameters())." * is_pair)
                 )
         first = kinds[0]
         assert first is not None

@@ -403,7 +403,8 @@ class Optimizer(Engine, options.LeadsOn):
             >>> calls, w.round(3).tolist()
             (3, [0.702, -1.701])
         """
-        variables = var_list() if callable(var_list) else var_list
+        variables: Any = var_list() if callable(var_list) else var_list
+        variables = variables if isinstance(variables, Mapping) else as_list(variables)
         gradients = self._differentiated(loss, variables, grad_loss, self.scale_loss)
         is_named = not self.built and isinstance(variables, Mapping)
         with self._built_by(variables) if is_named else nullcontext():

@@ -198,10 +198,15 @@ _INTERFACES = {
         "omniadam.torch.Adam?(model.parameters(), lr=1e-3)",
     ),
     "optax": ("optax", "import omniadam.optax", "omniadam.optax.adam?(learning_rate=1e-3)"),
+    "older": (
+        "TensorFlow 2.0",
+        "from omniadam.compat import optimizer_v2",
+        "optimizer_v2.Adam(learning_rate=1e-3, decay=0.01)",
+    ),
 }
 # An argument of each interface, or None where it has none like it.
 _SAME: tuple[dict[str, str | None], ...] = tuple(
-    dict(zip(_INTERFACES, names, strict=True))
+    dict(zip(_INTERFACES, (*names, None), strict=False))
     for names in (
         ("learning_rate", "lr", "learning_rate"),
         ("beta_1", "betas", "b1"),
@@ -218,6 +223,7 @@ _SAME: tuple[dict[str, str | None], ...] = tuple(
         (None, None, "mu_dtype"),
         (None, None, "mask"),
         (None, None, "nesterov"),
+        (None, None, None, "decay"),
     )
 )
 
@@ -248,7 +254,7 @@ def leads_on(interface: str, *also: str) -> Callable[[F], F]:
         @wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
-                if name not in known and (hint := _meant(name, interface, function.__qualname__)):
+                if name not in known and (hint := _meant(name, interface, function)):
                     raise TypeError(
                         f"{function.__qualname__}() got an unexpected keyword argument '{name}'. "
                         f"{hint}"
@@ -260,14 +266,18 @@ def leads_on(interface: str, *also: str) -> Callable[[F], F]:
     return decorate
 
 
-def _meant(argument: str, interface: str, kind: str) -> str:
+def _meant(argument: str, interface: str, function: Callable[..., Any]) -> str:
     """What is said of an argument that another interface has; empty if none has it."""
+    # Who writes for a framework has chosen its interface.
+    is_chosen = function.__module__ in ("omniadam.keras", "omniadam.optax")
     for other in _INTERFACES:
         rows = [row for row in _SAME if row[other] == argument]
         if other != interface and rows:
             own = [f"`{name}`" for row in rows if (name := row[interface])]
-            here = f"Its name here is {' and '.join(dict.fromkeys(own))}. " if own else ""
-            return f"{here}{instead(other, kind)}"
+            here = f"Its name here is {' and '.join(dict.fromkeys(own))}." if own else ""
+            if own and is_chosen:
+                return here
+            return f"{here} {instead(other, function.__qualname__)}".strip()
     return ""
 
 

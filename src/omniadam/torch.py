@@ -154,6 +154,11 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         use_ema: bool = False,
         ema_momentum: float = 0.99,
     ) -> None:
+        if isinstance(params, (torch.nn.Module, int, float)):
+            raise TypeError(
+                "The first argument must be the parameters: model.parameters() or "
+                f"model.named_parameters(). Received: {type(params).__name__}."
+            )
         given = {
             "epsilon_hat": epsilon_hat,
             "clipnorm": clipnorm,
@@ -429,7 +434,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         value.
 
         Raises:
-            RuntimeError: if called again, or if a step is made, before that.
+            RuntimeError: if called again, or if a step is made, before that; or if there can be no
+                averages, as no group has `use_ema=True`.
 
         Example:
             >>> import torch
@@ -450,6 +456,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             with self._turn():  # another thread may be in the middle of a step
                 if self._own:
                     raise RuntimeError("The parameters hold their averages already.")
+                has_averages = any("average" in each for each in self.state.values())
+                if not has_averages and not any(g.get("use_ema") for g in self.param_groups):
+                    raise RuntimeError(
+                        "There are no averages: `averaged()` needs an optimizer, or a group, with "
+                        "`use_ema=True`."
+                    )
                 is_begun = True
                 for p, state in self.state.items():
                     if isinstance(p, Tensor) and "average" in state:
