@@ -629,7 +629,7 @@ SPARSE: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]]
     ),
     "floats": ((ROWS, [0.0, 1.0], (3, 4)), TypeError, ("must be integers", "float64")),
     "booleans": ((ROWS, [True, False], (3, 4)), TypeError, ("must be integers", "dtype bool")),
-    "scalar": ((ROWS[0], 1, (3, 4)), ValueError, ("indices of shape ()", "(4,)", "(3, 4)")),
+    "scalar": ((ROWS, 1, (3, 4)), ValueError, ("indices of shape ()", "(2, 4)", "(3, 4)")),
     "matrix": ((ROWS, [[0, 1]], (3, 4)), ValueError, ("indices of shape (1, 2)",)),
     "too few": ((ROWS, [0], (3, 4)), ValueError, ("(1,)", "values of shape (2, 4)")),
     "too wide": ((ROWS, [0, 1], (3, 5)), ValueError, ("values of shape (2, 4)", "(3, 5)")),

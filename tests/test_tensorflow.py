@@ -1432,7 +1432,7 @@ def test_made_before_tensorflow_is_imported(tmp_path: Path) -> None:
     code = """
 from omniadam import Adam, Optimizer
 opt = Adam(0.1)
-assert [base.__name__ for base in Optimizer.__bases__] == ["Engine"]
+assert all(base.__module__.startswith("omniadam.") for base in Optimizer.__bases__)
 import tensorflow as tf
 w = tf.Variable([1.0])
 opt.apply([tf.ones(1)], [w])

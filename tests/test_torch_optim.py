@@ -495,7 +495,8 @@ def test_the_same_errors(kind: str, name: str) -> None:
         with pytest.raises(Exception) as error:
             BAD[name](make)
         caught.append((error.type, str(error.value)))
-    assert caught[0] == caught[1]
+    (kind_of, ours), (expected, theirs) = caught
+    assert kind_of is expected and ours.startswith(theirs)  # a name that is unknown leads on
 
 
 @pytest.mark.parametrize("name", ["capturable", "differentiable"])
@@ -2002,6 +2003,7 @@ def test_hooks_are_called_once_if_torch_wraps_every_step(monkeypatch: pytest.Mon
         monkeypatch.undo()
 
 
+@pytest.mark.filterwarnings("ignore:omniadam is slow here")
 @pytest.mark.parametrize("name", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"])
 def test_hooks_are_called_if_they_are_not_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {k: v for k, v in vars(fast.optimizer).items() if k != name}

@@ -123,8 +123,8 @@ def _check(g: IndexedSlices) -> None:
     expected = (*g.indices.shape, *g.dense_shape[1:])
     if g.indices.ndim != 1 or g.values.shape != expected:
         raise ValueError(
-            "IndexedSlices needs `indices` of shape (n,) and `values` of shape "
-            f"(n, *dense_shape[1:]). Received indices of shape {g.indices.shape}, values of shape "
+            "IndexedSlices needs `values` of shape (*indices.shape, *dense_shape[1:]). "
+            f"Received indices of shape {g.indices.shape}, values of shape "
             f"{g.values.shape}, dense_shape {g.dense_shape}."
         )
     if g.indices.size:

@@ -30,6 +30,7 @@ with versions.imported("torch", user="omniadam.torch"):
 from .adam import ADAM, AMSGRAD, by_memory
 from .backends import sharded
 from .backends.base import Entry, Group, Selection
+from .backends.deferred import Rows
 from .backends.host import Numbers
 from .backends.torch import (
     DeviceNumbers,
@@ -41,7 +42,7 @@ from .backends.torch import (
     making_state,
     zeros_like,
 )
-from .embedding import Embedding, EmbeddingBag, Rows, defer
+from .embedding import Embedding, EmbeddingBag, defer
 from .kernels.cpu import Work
 from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of

@@ -16,7 +16,6 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from .. import fast, options, versions
-from ..embedding import Rows
 from ..kernels import layout
 from ..kernels.cpu import SparseRows, Team
 from ..kernels.layout import Operand, Region
@@ -37,6 +36,7 @@ from .base import (
     received,
     takes_arguments,
 )
+from .deferred import Rows
 from .functional import Functional
 from .host import HostMemory, Numbers, check_distinct, twin_apply
 
