@@ -123,6 +123,13 @@ def test_all_generations(make: Callable[[], Any]) -> None:
     Pair(make).run(skewed, 60)
 
 
+def test_a_table_without_weight_decay_beside_variables_with_it() -> None:
+    pair = Pair(lambda: AdamW(0.01, weight_decay=0.1))
+    for opt, w in zip(pair.optimizers, (pair.array, pair.table), strict=True):
+        opt.exclude_from_weight_decay(var_list=[w])
+    pair.run(in_bursts, 310)
+
+
 def test_rates_that_rise_again() -> None:
     """What rested at a small rate moves at a large one."""
     Pair(lambda: Adam(0.01)).run(in_bursts, 620, lambda step: 1e-9 if step % 150 < 140 else 0.5)
