@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,20 @@ def test_an_interrupt_without_it_loses_nothing(
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def test_what_is_tried_is_tried_by_one_thread() -> None:
+    """Two trials at once may disturb each other, and both find that it does not work."""
+    calls: list[int] = []
+
+    def trial() -> bool:
+        calls.append(1)
+        time.sleep(0.05)
+        return True
+
+    asked = fast.once(trial)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: asked(), range(4)))
+    assert calls == [1]
+    asked.cache_clear()
+    assert asked() and calls == [1, 1]

@@ -9,7 +9,30 @@ the environment nothing of it is used, and every step takes the long way, which 
 from __future__ import annotations
 
 import os
-from functools import cache
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def once(trial: Callable[[], T]) -> Callable[[], T]:
+    """`functools.cache` of what tries something, by one thread: two at once would disturb it."""
+    found: list[T] = []
+    turn = threading.RLock()
+
+    @wraps(trial)
+    def asked() -> T:
+        if not found:
+            with turn:
+                if not found:
+                    found.append(trial())
+        return found[0]
+
+    told: Any = asked
+    told.cache_clear = found.clear
+    return asked
 
 
 @cache

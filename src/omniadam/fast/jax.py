@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ from ..backends.functional import Functional, NotOurs, Pure
 from ..kernels import cpu
 from ..rule import AdamCoefficients, Pass, Rule, make_adam
 from ..tuned import IN_A_CALL
-from . import xla
+from . import once, xla
 
 # A step for given gradients, and a given rate (of a callable, else None) and numbers.
 Call = Callable[[Any, Any], None]
@@ -494,7 +494,7 @@ _dense = jax.jit(plain.dense)
 # --- private names of JAX ---
 
 
-@cache
+@once
 def look_for_traces() -> Callable[[], bool]:
     """What says whether nothing is traced: JAX's own, if it means what is believed here."""
     try:
@@ -525,7 +525,7 @@ def look_for_traces() -> Callable[[], bool]:
     return plain.nothing_is_traced
 
 
-@cache
+@once
 def refs_are_open() -> bool:
     """Whether a Ref of this version of JAX holds its array where `JAXStep` takes it out."""
     try:
@@ -594,7 +594,7 @@ def _is_on_cpu(variable: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-@cache
+@once
 def kernels_work() -> bool:
     """Whether this version of JAX calls the kernels: tried on two numbers that each move by 1."""
     try:

@@ -15,7 +15,6 @@ import sys
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .. import slow
 from ..kernels import cpu, jit
 from ..kernels.cpu import Team, Work
 from ..tuned import SPINNING
+from . import once
 
 # A function, its argument, how many threads run it, and flags.
 Parallel = Callable[[int, int, int, int], None]
@@ -73,7 +73,7 @@ class OpenMP(Team):
         self._is_useless = True
 
 
-@cache
+@once
 def team() -> OpenMP | None:
     """Torch's threads; None where its runtime is none that is known."""
     parallel = _runtime()

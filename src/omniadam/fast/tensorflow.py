@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +35,7 @@ from ..backends.base import (
 )
 from ..backends.functional import Functional, NotOurs
 from ..tuned import LANES, PART
+from . import once
 
 # How many steps a selection keeps compiled, by what the settings make of a step.
 _KEPT = 16
@@ -447,7 +448,7 @@ def _flat_caller(concrete: Any) -> Callable[[list[Any]], Any]:
     return lambda tensors: call(*tensors, *captured)
 
 
-@cache
+@once
 def is_called_flat() -> bool:
     """Whether functions are called so, what they capture among their arguments."""
     try:
@@ -478,7 +479,7 @@ def _say_that_it_is_gone(names: str, cost: str) -> None:
 Looks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
-@cache
+@once
 def looks_of_tensors() -> Looks:
     """The shape of an eager tensor and the number of its type: quickly, where that is right."""
     public: Looks = (
@@ -503,7 +504,7 @@ def looks_of_tensors() -> Looks:
     return public
 
 
-@cache
+@once
 def is_xla_there() -> bool:
     """Whether a function can be compiled by XLA on the host: a build of TensorFlow may lack it."""
     try:
@@ -521,7 +522,7 @@ def is_xla_there() -> bool:
     return is_there
 
 
-@cache
+@once
 def look_for_xla() -> Callable[[Any], bool] | None:
     """What tells of a graph whether XLA compiles it, if it is right about some that are made here;
     None if it is not.
