@@ -1738,6 +1738,15 @@ def test_two_optimizers_in_two_threads() -> None:
         assert_same(result, want)
 
 
+def test_torchs_threads_are_found_once_the_kernels_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That they were off when somebody asked first is not remembered."""
+    openmp._team.cache_clear()
+    monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")
+    assert openmp.team() is None
+    monkeypatch.delenv("OMNIADAM_KERNEL")
+    assert openmp.team() is openmp.team() is not None
+
+
 def test_threads_follow_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMNIADAM_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -73,11 +73,16 @@ class OpenMP(Team):
         self._is_useless = True
 
 
-@once
 def team() -> OpenMP | None:
-    """Torch's threads; None where its runtime is none that is known."""
+    """Torch's threads; None where its runtime is none that is known, or no kernel is compiled."""
+    # Not within `once`: a process may switch the kernels off for a while.
+    return _team() if cpu.available() else None
+
+
+@once
+def _team() -> OpenMP | None:
     parallel = _runtime()
-    if parallel is None or not cpu.available():
+    if parallel is None:
         return None
     found = OpenMP(parallel)
     if hasattr(os, "register_at_fork"):
