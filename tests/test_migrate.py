@@ -251,7 +251,7 @@ def test_state_is_of_the_variables_it_was_of() -> None:
     train(old.apply_gradients, library, params, range(STEPS))
     for wrong in (params[:2], params[::-1], [*params, np.ones(1)]):
         new = migrate(old)
-        with pytest.raises(ValueError, match="migrated belongs to other variables"):
+        with pytest.raises(ValueError, match="set before the build belongs to other variables"):
             new.build([w.copy() for w in wrong])
         assert not new.built
         new.build({f"layer/{i}": w for i, w in enumerate(params)})

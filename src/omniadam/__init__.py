@@ -7,12 +7,26 @@ from .adam import Adam, AdamW
 from .compat.migration import migrate
 from .environment import info
 from .optimizer import Optimizer
+from .saving import from_file, load, save, state_hash
 from .sparse import IndexedSlices
 from .table import Table
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam", "AdamW", "IndexedSlices", "Optimizer", "Table", "info", "migrate", "schedules"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "IndexedSlices",
+    "Optimizer",
+    "Table",
+    "from_file",
+    "info",
+    "load",
+    "migrate",
+    "save",
+    "schedules",
+    "state_hash",
+]
 
 
 def __dir__() -> list[str]:

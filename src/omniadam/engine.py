@@ -189,10 +189,12 @@ class Engine(Settings):
                     "All variables of an optimizer must be of one library. Received variable 0 of "
                     f"{first.name} and variable {i} of {kind.name}. Use one optimizer for each."
                 )
-        backend = first.over(given)
+        backend, is_named = first.over(given), names is not None
         if names is None:
             names = self._state.names_for(backend, given)
         entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
+        for entry in entries:
+            entry.is_named = is_named
         seen: dict[int, str] = {}
         for entry in entries:
             if id(entry.key) in seen:
@@ -223,15 +225,10 @@ class Engine(Settings):
             backend.created(self, name, counter)
         self._create_slots(entries)
         self.built = True
-        if self._state.awaited is not None:
-            try:
-                with backend.untraced():
-                    self._state.set(self._state.awaited)
-            except ValueError as error:
-                raise ValueError(
-                    f"The state that was migrated belongs to other variables. {error}"
-                ) from error
-            self._state.awaited = None
+        if state.awaited is not None:
+            is_complete = type(self).build is Engine.build
+            state.awaited = state.awaited.fill(self, is_complete=is_complete)
+            state.is_filled = True
 
     def _create_slots(self, entries: Sequence[Entry]) -> None:
         variables = [entry.key for entry in entries]
@@ -309,7 +306,8 @@ class Engine(Settings):
             value = initial(initializer, entry.shape, dtype)
             created = self._state.backend.filled(entry, dtype, value)
         prefix = entry.name.replace("/", "_").replace(":", "_")
-        self._state.track(self, f"{prefix}_{name or 'var'}", created)
+        slot = entry.name, name or "var"
+        self._state.track(self, f"{prefix}_{slot[1]}", created, slot)
         return created
 
     def add_optimizer_variables(
@@ -437,6 +435,9 @@ class Engine(Settings):
             self._build_by(variables, *new)
             present = [self._entry(entry.key) for entry in present]
         self._state.restored = None  # what was pickled or copied is in its variables now
+        if self._state.awaited is not None:
+            self._state.awaited.check_all_set()
+            self._state.awaited = None
         if stand_ins is None:
             self._recent = selection = self._selection(present)
         else:

@@ -498,20 +498,21 @@ class Optimizer(Engine, options.LeadsOn):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the state to values as `get_weights` returns, of this or another library.
 
+        Before the build, the counters are set at once, and the slots when they are created. What
+        is set in between stays set.
+
         Args:
             weights: one array for each of `variables`, of its shape; floats where it holds floats.
 
         Raises:
-            ValueError: if the optimizer is not built, or the number of arrays, a shape or a type
-                is wrong, or a count or rate is none that there can be. Nothing has been changed
-                then.
+            ValueError: if the number of arrays, a shape or a type is wrong, or a count or rate is
+                none that there can be: what can be known only when the variables come, of `build`
+                or the first step. Nothing has been changed then.
         """
-        if not self.built:
-            raise ValueError(
-                "`set_weights` needs a built optimizer, whose state has its shapes. Call "
-                "build(variables) first."
-            )
-        self._state.set(list(weights))
+        if self.built:
+            self._state.set(list(weights))
+        else:
+            self._state.await_weights(list(weights))
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.
@@ -532,14 +533,12 @@ class Optimizer(Engine, options.LeadsOn):
             ValueError: if it does not fit the optimizer. (Keras warns and goes on without.)
         """
         keys = sorted(store.keys(), key=lambda key: int(key) if key.isdecimal() else -1)
-        if keys != [str(i) for i in range(len(self._state.named))]:
-            hint = "" if self.built else " Call build(variables) first."
+        count = len(self._state.named) if self.built else max(len(keys), 1)
+        if keys != [str(i) for i in range(count)]:
             raise ValueError(
-                f"The store must have the keys '0' to '{len(self._state.named) - 1}', the state of "
-                f"optimizer '{self.name}'. Received {len(keys)} keys: {keys[:8]}.{hint}"
+                f"The store must have the keys '0' to '{count - 1}', the state of optimizer "
+                f"'{self.name}'. Received {len(keys)} keys: {keys[:8]}."
             )
-        if not self.built and len(keys) > 0:
-            raise ValueError("`load_own_variables` needs a built optimizer. Call build(variables).")
         self.set_weights([store[key] for key in keys])
 
     def get_config(self) -> dict[str, Any]:

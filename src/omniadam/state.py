@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -31,14 +32,17 @@ class State:
         self.named: list[tuple[str, Any]] = [("iteration", self.iteration)]
         # From a pickle or a copy, until the variables that it is for are given.
         self.restored: Restored | None = None
-        # What to set the weights to once they exist, after `migrate`.
-        self.awaited: list[Array] | None = None
+        # What to set the slots to once they exist.
+        self.awaited: Awaited | None = None
+        self.is_filled = False  # whether those were set that every build creates
+        # Of what is kept for a variable: the names of both, by what it stands under in `named`.
+        self.slots: dict[str, tuple[str, str]] = {}
         self._names: UniqueNames | None = None
 
     def __copy__(self) -> State:
         """What it is now, to go back to."""
         new = object.__new__(State)
-        new.__dict__ = self.__dict__ | {"named": self.named.copy()}
+        new.__dict__ = self.__dict__ | {"named": self.named.copy(), "slots": self.slots.copy()}
         return new
 
     # --- counters ---
@@ -89,6 +93,10 @@ class State:
             self.rate = by
         self.named = [(name, by if each is value else each) for name, each in self.named]
 
+    def is_counter(self, variable: Any) -> bool:
+        """Whether it is there before there are variables."""
+        return variable is self.iteration or variable is self.rate
+
     # --- variables ---
 
     def hold(self, entries: Iterable[Entry]) -> None:
@@ -108,10 +116,18 @@ class State:
             )
         return found
 
-    def track(self, owner: Any, name: str, variable: Any) -> None:
+    def track(
+        self, owner: Any, name: str, variable: Any, slot: tuple[str, str] | None = None
+    ) -> None:
         """Keep a new state variable under this name, or one like it that is not taken.
 
         It has the value that a pickle, a copy, or a checkpoint that `owner` reads has for it.
+
+        Args:
+            owner: the optimizer.
+            name: the name.
+            variable: what is kept.
+            slot: if it is kept for a variable of the model, the name of that, and what it is.
         """
         assert self.backend is not None
         names = self._names
@@ -119,6 +135,8 @@ class State:
             names = self._names = UniqueNames(each for each, _ in self.named)
         unique = names.unique(name)
         self.named.append((unique, variable))
+        if slot is not None:
+            self.slots[unique] = slot
         if self.restored is not None:
             value = self.restored.state.get(unique)
             if value is None or value.shape != tuple(variable.shape):
@@ -129,13 +147,15 @@ class State:
                 )
             with self.backend.untraced():
                 self.assign(variable, value)
+        if self.awaited is not None and self.is_filled:
+            self.awaited.tracked(self, unique, variable)
         self.backend.created(owner, unique, variable)
 
     def names_for(self, backend: Backend, variables: Sequence[Any]) -> list[str]:
         """Names for variables that came without."""
         restored = self.restored
         if restored is not None and len(restored.variables) == len(variables):
-            return [name for name, _, _ in restored.variables]
+            return [name for name, *_ in restored.variables]
         return list(
             map(UniqueNames().unique, (backend.name_of(v) or "variable" for v in variables))
         )
@@ -146,9 +166,10 @@ class State:
         if restored is None:
             return
         given = tuple((e.name, e.shape, e.dtype) for e in entries)
-        for i, expected in enumerate(restored.variables):
-            if len(given) != len(restored.variables) or given[i] != expected:
-                name, shape, dtype = expected
+        for i, (name, shape, dtype, is_named) in enumerate(restored.variables):
+            if len(given) == len(restored.variables) and given[i] == (name, shape, dtype):
+                entries[i].is_named = entries[i].is_named or is_named
+            else:
                 found = given[i] if i < len(given) else "none"
                 raise ValueError(
                     "The state of this optimizer, from a pickle or a copy, belongs to "
@@ -159,6 +180,30 @@ class State:
                 )
 
     # --- saved and set as a whole ---
+
+    def await_weights(self, weights: Sequence[Any]) -> None:
+        """Set the counters, and have slots set once they exist; or raise ValueError."""
+        count = len(self.named)
+        if len(weights) < count:
+            raise ValueError(
+                f"`set_weights` needs {[name for name, _ in self.named]} first, and then the state "
+                f"of variables, which this optimizer is not built with yet. Received "
+                f"{len(weights)} arrays."
+            )
+        counters = list(self.checked(self.named, weights[:count]))
+        slots = []
+        for i, weight in enumerate(weights[count:], count):
+            value = host(weight)
+            if value.dtype.kind not in "fiuV" or isinstance(weight, np.ma.MaskedArray):
+                raise ValueError(
+                    f"Number {i} of the weights must hold real numbers. Received dtype "
+                    f"{value.dtype} and shape {value.shape}."
+                )
+            slots.append(np.array(value))
+        for (_, variable), value in zip(self.named.copy(), counters, strict=True):
+            self.assign(variable, value)
+        self.restored = None
+        self.awaited = Weights(slots) if slots else None
 
     def saved(self) -> dict[str, Array]:
         """Copies of the state by name, and of what still waits for the variables it is for."""
@@ -179,16 +224,27 @@ class State:
                 f"`set_weights` needs {len(self.named)} arrays, one for each of "
                 f"{[name for name, _ in self.named]}. Received {len(weights)}."
             )
+        arrays = list(self.checked(self.named, weights))
         assert self.backend is not None
-        arrays = list(self._checked(weights))
         with self.backend.turn:
             for (_, variable), value in zip(self.named, arrays, strict=True):
                 self.backend.assign(variable, value)
 
-    def _checked(self, weights: Sequence[Any]) -> Iterator[Array]:
-        assert self.backend is not None
-        for (name, variable), weight in zip(self.named, weights, strict=True):
-            (shape, dtype), value = self.backend.form(variable), host(weight)
+    def form(self, variable: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and type of a state variable, as files have it."""
+        if self.backend is not None:
+            return self.backend.form(variable)
+        value = host(variable)
+        return value.shape, value.dtype
+
+    def checked(self, named: Sequence[tuple[str, Any]], weights: Sequence[Any]) -> Iterator[Array]:
+        """What state variables are to be set to, as arrays of their shapes and types.
+
+        Raises:
+            ValueError: if one does not fit.
+        """
+        for (name, variable), weight in zip(named, weights, strict=True):
+            (shape, dtype), value = self.form(variable), host(weight)
             is_masked = isinstance(weight, np.ma.MaskedArray)
             fits = value.shape == shape and value.dtype.kind in "fiu" and not is_masked
             is_count = dtype.kind in "iu"
@@ -220,7 +276,7 @@ class State:
 
     def apart(self) -> State:
         """A copy without the variables, for which all but the counters then waits."""
-        held = tuple((e.name, e.shape, e.dtype) for e in self.entries) or (
+        held = tuple((e.name, e.shape, e.dtype, e.is_named) for e in self.entries) or (
             self.restored.variables if self.restored else ()
         )
         new, saved = State(), self.saved()
@@ -238,8 +294,74 @@ class State:
 class Restored(NamedTuple):
     """State from a pickle or a copy, until the variables that it is for are given."""
 
-    variables: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
+    # Name, shape, dtype, and whether its user named it.
+    variables: tuple[tuple[str, tuple[int, ...], str, bool], ...]
     state: dict[str, Array]  # beside the counters
+
+
+class Awaited(ABC):
+    """Values for slots that there are none of yet."""
+
+    @abstractmethod
+    def fill(self, engine: Any, *, is_complete: bool) -> Awaited | None:
+        """Set the slots that an engine was just built with.
+
+        Args:
+            engine: which has its variables and their slots.
+            is_complete: whether it has all slots; else a user's `build` creates more.
+
+        Returns:
+            What waits for those; None if nothing does.
+
+        Raises:
+            ValueError: if the values do not fit. The build is taken back then.
+        """
+
+    @abstractmethod
+    def tracked(self, state: State, name: str, variable: Any) -> None:
+        """A user's `build` has created a state variable: set it."""
+
+    @abstractmethod
+    def check_all_set(self) -> None:
+        """Raise ValueError if a value is left, now that there are all slots."""
+
+
+class Weights(Awaited):
+    """What `set_weights` was given before the build, or `migrate` took over: slots in order."""
+
+    def __init__(self, slots: Sequence[Array]) -> None:
+        self.slots = list(slots)
+
+    def fill(self, engine: Any, *, is_complete: bool) -> Weights | None:
+        """As of `Awaited`."""
+        state: State = engine._state
+        assert state.backend is not None
+        own = [each for _, each in state.named]
+        now = [np.asarray(state.read(each)) for each in own if state.is_counter(each)]
+        count = len(self.slots) if is_complete else len(own) - len(now)
+        try:
+            with state.backend.untraced():
+                state.set([*now, *self.slots[:count]])
+        except ValueError as error:
+            raise ValueError(f"{_OF_OTHERS} {error}") from error
+        return None if is_complete else Weights(self.slots[count:])
+
+    def tracked(self, state: State, name: str, variable: Any) -> None:
+        """As of `Awaited`."""
+        if not self.slots:
+            raise ValueError(f"{_OF_OTHERS} There was no array for '{name}' in it.")
+        (value,) = state.checked([(name, variable)], [self.slots.pop(0)])
+        assert state.backend is not None
+        with state.backend.untraced():
+            state.assign(variable, value)
+
+    def check_all_set(self) -> None:
+        """As of `Awaited`."""
+        if self.slots:
+            raise ValueError(f"{_OF_OTHERS} {len(self.slots)} arrays of it were left over.")
+
+
+_OF_OTHERS = "The state that was set before the build belongs to other variables."
 
 
 class UniqueNames:

@@ -33,6 +33,8 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str  # one of FLOATS
     decayed: bool = True
+    # Whether its user gave it its name, and not its library.
+    is_named: bool = False
     slots: tuple[Any, ...] = ()
     accumulator: Any = None
     average: Any = None
@@ -359,6 +361,11 @@ class Backend(ABC):
     def untraced(self) -> AbstractContextManager[Any]:
         """In which what is assigned is no part of a function that is traced now."""
         return nullcontext()
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the state is kept here; else it is in the hands of who calls functions."""
+        return True
 
     def check_readable(self) -> None:
         """Raise an error where state has no values yet, or others when what is traced is run."""

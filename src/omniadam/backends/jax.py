@@ -425,6 +425,11 @@ class JAX(Functional):
         of_sparse = dense if self.fast is None else self.fast.dense
         return [of_sparse(g) if _is_sparse(g) else g for g in gradients]
 
+    @property
+    def keeps_state(self) -> bool:
+        """As of `Backend`."""
+        return self._is_mutable
+
     def _check_mutable(self) -> None:
         if not self._is_mutable:
             raise TypeError(

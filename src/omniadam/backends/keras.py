@@ -79,6 +79,11 @@ class KerasVariables(Backend):
     def shown(self, variable: Any) -> Any:
         return variable.owner if self.holder is not None else variable
 
+    @property
+    def keeps_state(self) -> bool:
+        """As of `Backend`."""
+        return True
+
     def _check_mutable(self) -> None:
         """Keras's variables are, whatever their values."""
 

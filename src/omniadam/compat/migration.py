@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .. import options, schedules
 from ..adam import Adam, AdamW
 from ..schedules import is_schedule
-from ..state import host
+from ..state import Weights, host
 from . import contrib_keras, optimizer_v2
 from .older import Older
 
@@ -192,7 +192,7 @@ def _adam(
     if slots is not None:
         moments = [slot for pair in zip(*slots[:2], strict=True) for slot in pair]
         hats = [slot for column in slots[2:] for slot in column]
-        adam._state.awaited = [*adam.get_weights(), *moments, *hats]
+        adam._state.awaited = Weights([*moments, *hats])
     return adam
 
 
@@ -217,7 +217,7 @@ def _of_keras(optimizer: Any, *, is_tf_keras: bool) -> Adam:
     adam._state.iteration[...] = options.count("iterations", weights[0])
     slots = weights[1 if is_tf_keras else len(adam.variables) :]  # which has no rate among them
     if slots:
-        adam._state.awaited = [*adam.get_weights(), *slots]
+        adam._state.awaited = Weights(slots)
     return adam
 
 

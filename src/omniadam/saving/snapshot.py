@@ -1,15 +1,17 @@
 """The state of an optimizer apart from any optimizer and any library: what is in a file.
 
-Every optimizer makes one and takes one (`saving.optimizers` says who does it for which class), every
-file format is read to one and written from one (`saving.file` is ours, `formats` are others').
+Every optimizer makes one and takes one: `saving.optimizers` says which module does it for which
+class. Every file format is read to one and written from one: `saving.file` is ours, `formats` are
+those of others.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +45,18 @@ class Tensor(NamedTuple):
     @classmethod
     def of(cls, value: Array) -> Tensor:
         """What is in memory already."""
-        return cls(value.shape, value.dtype.name, lambda: np.ascontiguousarray(value))
+        return cls(value.shape, value.dtype.name, InMemory(value))
+
+
+class InMemory:
+    """Reads an array that is there; can be pickled, as no other way to read can."""
+
+    def __init__(self, value: Array) -> None:
+        self._value = np.asarray(value, order="C")
+
+    def __call__(self) -> Array:
+        """The array."""
+        return self._value
 
 
 class Variable(NamedTuple):
@@ -80,16 +93,27 @@ class Snapshot:
     # Of the file that it was read from: what wrote it.
     origin: Mapping[str, str] = field(default_factory=dict)
 
+    def in_memory(self) -> Snapshot:
+        """The same, with all tensors read."""
+        tensors = {name: Tensor.of(tensor.read()) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
-def digests(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
-    """SHA-256 of each tensor's bytes, in order, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(lambda each: digest(each[1].read()), tensors)
+
+def digests(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """SHA-256 of each tensor's bytes, in order: one is read while another is hashed."""
+    with ThreadPoolExecutor(2) as hashing:
+        begun: deque[Future[bytes]] = deque()
+        for tensor in tensors:
+            # Read by this thread, which may have the lock of the optimizer.
+            begun.append(hashing.submit(digest, tensor.read()))
+            if len(begun) > 1:
+                yield begun.popleft().result()
+        yield from (each.result() for each in begun)
 
 
 def digest(value: Array) -> bytes:
     """SHA-256 of what is in memory, in C order."""
-    return hashlib.sha256(value.reshape(-1).view(np.uint8)).digest()
+    return hashlib.sha256(value.reshape(-1).view(np.uint8).data).digest()
 
 
 def hash_of(forms: Mapping[str, tuple[str, tuple[int, ...]]], found: Mapping[str, bytes]) -> bytes:
@@ -111,5 +135,5 @@ def hash_of(forms: Mapping[str, tuple[str, tuple[int, ...]]], found: Mapping[str
 def state_hash(snapshot: Snapshot) -> str:
     """Equal if and only if the state is: settings, library and layout do not count."""
     tensors = snapshot.tensors
-    found = dict(zip(tensors, digests(tensors.items()), strict=True))
+    found = dict(zip(tensors, digests(tensors.values()), strict=True))
     return hash_of({name: (t.dtype, t.shape) for name, t in tensors.items()}, found).hex()

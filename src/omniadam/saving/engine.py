@@ -1,0 +1,270 @@
+"""The state of `omniadam.Adam` and of every other `omniadam.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from .. import schedules
+from ..engine import Engine
+from ..state import Array, Awaited, State, host
+from . import matching, names
+from .matching import Left
+from .optimizers import kind_of
+from .snapshot import ITERATION, KERAS, Snapshot, Tensor, Variable
+
+
+def turn(optimizer: Any) -> Any:
+    """As of every module that knows a class."""
+    backend = optimizer._state.backend
+    return nullcontext() if backend is None else backend.turn
+
+
+def snapshot(optimizer: Any, state: Sequence[Any] | None = None) -> Snapshot:
+    """Class, settings and state.
+
+    Args:
+        optimizer: an `omniadam.Optimizer`.
+        state: of bare JAX arrays, what `stateless_apply` returned.
+
+    Raises:
+        ValueError: if a setting is a callable; if there is state in the user's hands, or is none.
+    """
+    _check_callables(optimizer)
+    backend = optimizer._state.backend
+    if backend is not None:
+        backend.check_readable()
+    is_users = backend is not None and not backend.keeps_state
+    if state is not None and not is_users:
+        raise ValueError(
+            "`state` is of an optimizer that was built on bare JAX arrays. This one keeps its "
+            "state itself: save(optimizer, path)."
+        )
+    if state is None and is_users:
+        raise ValueError(
+            "The state of an optimizer on bare JAX arrays is in your hands: it is what "
+            "stateless_apply() returned last. Pass it: save(optimizer, path, state=state)."
+        )
+    settings = optimizer.get_config()
+    awaited = optimizer._state.awaited
+    if backend is None and isinstance(awaited, Kept):
+        # Of a file that is loaded, and waits for its variables.
+        tensors = {**awaited.given.tensors, ITERATION: _count_of(optimizer, None)}
+        return Snapshot(kind_of(optimizer), KERAS, settings, awaited.given.variables, tensors)
+    return Snapshot(kind_of(optimizer), KERAS, settings, *contents(optimizer, state))
+
+
+def contents(
+    engine: Engine, state: Sequence[Any] | None = None
+) -> tuple[tuple[Variable, ...], dict[str, Tensor]]:
+    """Variables and tensors of what makes steps."""
+    held = engine._state
+    backend = held.backend
+    values = [own for _, own in held.named] if state is None else list(state)
+    if len(values) != len(held.named):
+        raise ValueError(
+            f"`state` must have one array for each of the {len(held.named)} `variables` of the "
+            f"optimizer. Received {len(values)}."
+        )
+    given = {id(own): value for (_, own), value in zip(held.named, values, strict=True)}
+    tensors = {ITERATION: _count_of(engine, given.get(id(held.iteration)))}
+    slots: dict[str, dict[str, str]] = {entry.name: {} for entry in held.entries}
+    for name, (_, own) in names_in_files(engine):
+        shape, dtype = held.form(own)
+        read = _reader(backend, own, given[id(own)], shape, dtype)
+        if name in tensors:
+            raise ValueError(
+                f"Two state variables would be '{name}' in a file. Name variables otherwise."
+            )
+        tensors[name] = Tensor(shape, dtype.name, read)
+    for variable, word in held.slots.values():
+        slots[variable][word] = f"{variable}.{word}"
+    variables = [
+        Variable(entry.name, entry.shape, entry.dtype, slots[entry.name], _is_named(backend, entry))
+        for entry in held.entries
+    ]
+    return tuple(variables), tensors
+
+
+def names_in_files(engine: Engine) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Of the state but the counters: its names in files, here, and the state variables."""
+    held = engine._state
+    for unique, own in held.named:
+        if not held.is_counter(own):
+            slot = held.slots.get(unique)
+            yield unique if slot is None else ".".join(slot), (unique, own)
+
+
+def _is_named(backend: Any, entry: Any) -> bool:
+    if entry.is_named:
+        return True
+    return backend.name_of(entry.key) == entry.name and not names.is_made_up(entry.name)
+
+
+def _reader(
+    backend: Any, own: Any, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Callable[[], Array]:
+    if value is own:
+        return lambda: backend.numpy(own).astype(dtype, copy=False)
+
+    def read() -> Array:
+        found = host(value)
+        if (found.shape, found.dtype) != (shape, dtype):
+            raise ValueError(
+                f"`state` must hold arrays as those of `optimizer.variables`. Received one of "
+                f"shape {found.shape} and dtype {found.dtype} instead of {shape} and {dtype}."
+            )
+        return found
+
+    return read
+
+
+def _count_of(engine: Engine, given: Any) -> Tensor:
+    """The number of calls, of the type that it has in every library's files."""
+    held = engine._state
+
+    def read() -> Array:
+        is_own = given is None or given is held.iteration
+        count = held.read(held.iteration) if is_own else host(given).item()
+        return np.array(count, np.int64)
+
+    return Tensor((), "int64", read)
+
+
+def _check_callables(optimizer: Any) -> None:
+    """Raise ValueError for what a file cannot hold."""
+    called = [
+        name
+        for name in ("learning_rate", *optimizer._option_names, *optimizer.hyperparameters)
+        if name in optimizer._called
+    ]
+    if called:
+        raise ValueError(
+            f"A file cannot hold a callable, which `{'`, `'.join(called)}` "
+            f"{'is' if len(called) == 1 else 'are'}. Set a number or a LearningRateSchedule before "
+            "you save."
+        )
+
+
+# --- the way back ---
+
+
+class Kept(Awaited):
+    """The state of a file, for an optimizer that is not built yet."""
+
+    def __init__(self, given: Snapshot, by: str, strict: bool) -> None:
+        self.given, self._by, self._strict = given, by, strict
+        self._rest: dict[str, Tensor] = {}
+
+    def fill(self, engine: Engine, *, is_complete: bool) -> Kept | None:
+        """As of `Awaited`."""
+        own = Snapshot("", self.given.generation, {}, *contents(engine))
+        found = matching.plan(
+            self.given, own, by=self._by, strict=self._strict, may_grow=not is_complete
+        )
+        assign(engine, found.pairs)
+        if is_complete:
+            return None
+        rest = Kept(self.given, self._by, self._strict)
+        rest._rest = dict(found.rest)
+        return rest
+
+    def tracked(self, state: State, name: str, variable: Any) -> None:
+        """As of `Awaited`."""
+        known = ".".join(state.slots.get(name, (name,)))
+        tensor, (shape, dtype) = self._rest.pop(known, None), state.form(variable)
+        if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype.name):
+            assert state.backend is not None
+            with state.backend.untraced():
+                state.assign(variable, tensor.read())
+        elif self._strict:
+            found = "none" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
+            raise ValueError(
+                f"The state in the file does not fit the optimizer: '{known}' must be {dtype} of "
+                f"shape {shape}. The file has {found}."
+            )
+
+    def check_all_set(self) -> None:
+        """As of `Awaited`."""
+        if self._rest and self._strict:
+            raise ValueError(
+                "The state in the file does not fit the optimizer, which has no "
+                f"{', '.join(self._rest)}. Where that is meant, load it with strict=False."
+            )
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return self  # nobody writes to it before the build
+
+    def __reduce__(self) -> Any:
+        return Kept, (self.given.in_memory(), self._by, self._strict)
+
+
+def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
+    """As of every module that knows a class."""
+    engine: Engine = optimizer
+    variables, tensors = contents(engine)
+    own = Snapshot(kind_of(optimizer), KERAS, config_of(optimizer), variables, tensors)
+    left = Left()
+    with turn(optimizer):
+        if engine.built:
+            pairs, left, _ = matching.plan(given, own, by=by, strict=strict)
+            set_counters = counters(engine, given)
+            assign(engine, pairs)
+            set_counters()
+        else:
+            matching.check_meaning(given, own)
+            if by == "name":
+                matching.check_named(given)
+            counters(engine, given)()
+            engine._state.restored, engine._state.awaited = None, Kept(given, by, strict)
+    matching.warn_of_settings(given, own, stacklevel=5)
+    return left
+
+
+def config_of(optimizer: Any) -> Mapping[str, Any]:
+    """The settings, callables as they are."""
+    rate = optimizer._schedule
+    config: dict[str, Any] = optimizer._settings()
+    if hasattr(rate, "get_config"):
+        config["learning_rate"] = schedules.serialize(rate)
+    return config
+
+
+def counters(engine: Engine, given: Snapshot) -> Callable[[], None]:
+    """What sets the number of calls and the learning rate to those of a file, which are checked."""
+    state = engine._state
+    named = [(name, own) for name, own in state.named if state.is_counter(own)]
+    now = {name: state.read(own) for name, own in named}
+    if ITERATION in given.tensors:
+        now["iteration"] = given.tensors[ITERATION].read()
+    rate = given.settings.get("learning_rate")
+    if isinstance(rate, (int, float)) and state.rate is not None:
+        now["learning_rate"] = rate
+    values = list(state.checked(named, [np.asarray(now[name]) for name, _ in named]))
+
+    def set_them() -> None:
+        for (_, own), value in zip(named, values, strict=True):
+            state.assign(own, value)
+
+    return set_them
+
+
+def assign(engine: Engine, pairs: Sequence[tuple[str, Tensor]]) -> None:
+    """Set slots, one after another, to what was compared with them."""
+    own = {name: each for name, (_, each) in names_in_files(engine)}
+    backend = engine._state.backend
+    assert backend is not None
+    with backend.untraced():
+        for name, tensor in pairs:
+            if name in own:
+                backend.assign(own[name], tensor.read())
+
+
+def create(kind: Any, given: Snapshot, custom_objects: Mapping[str, Any], *, by: str) -> Any:
+    """As of every module that knows a class."""
+    optimizer = kind.from_config(dict(given.settings), custom_objects=custom_objects)
+    restore(optimizer, given, by=by, strict=True)
+    return optimizer

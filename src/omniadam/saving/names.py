@@ -1,0 +1,40 @@
+"""Which names of variables are their user's, and which a library made up."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# What TensorFlow and Keras call a variable, or a model, that is given no name.
+_USUAL = {"variable", "sequential", "functional", "model", "seed_generator_state"}
+
+
+def is_made_up(name: str) -> bool:
+    """Whether a part of a path was made up by Keras or TensorFlow: `Variable:0`, `dense_3/kernel`.
+
+    They number what has no name, in a process from 0 on, so that it may have another name the next
+    time. A layer's is that of its class.
+    """
+    classes = _USUAL | set(_names_of_layers())
+    parts = (re.sub(r"(_\d+)?(:\d+)?$", "", part) for part in name.split("/"))
+    return any(part.lower() in classes or part in classes for part in parts)
+
+
+def _names_of_layers() -> Iterator[str]:
+    """What Keras calls layers without a name, of every class that there is."""
+    for library in ("keras", "tf_keras"):
+        layers: Any = getattr(sys.modules.get(library), "layers", None)
+        kinds = [layers.Layer] if hasattr(layers, "Layer") else []
+        while kinds:
+            kind = kinds.pop()
+            yield _snake(kind.__name__)
+            kinds += type.__subclasses__(kind)
+
+
+def _snake(name: str) -> str:
+    """As Keras makes a name of a class's."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
