@@ -138,7 +138,9 @@ def _check_callables(optimizer: Any) -> None:
     """Raise ValueError for what a file cannot hold."""
     called = [
         name
-        for name in ("learning_rate", *optimizer._option_names, *optimizer.hyperparameters)
+        for name in dict.fromkeys(
+            ("learning_rate", *optimizer._option_names, *optimizer.hyperparameters)
+        )
         if name in optimizer._called
     ]
     if called:
@@ -157,7 +159,9 @@ class Kept(Awaited):
 
     def __init__(self, given: Snapshot, by: str, strict: bool) -> None:
         self.given, self._by, self._strict = given, by, strict
+        # For what a user's `build` creates, and what did not fit that.
         self._rest: dict[str, Tensor] = {}
+        self._wrong = ""
 
     def fill(self, engine: Engine, *, is_complete: bool) -> Kept | None:
         """As of `Awaited`."""
@@ -175,20 +179,25 @@ class Kept(Awaited):
     def tracked(self, state: State, name: str, variable: Any) -> None:
         """As of `Awaited`."""
         known = ".".join(state.slots.get(name, (name,)))
-        tensor, (shape, dtype) = self._rest.pop(known, None), state.form(variable)
+        tensor, (shape, dtype) = self._rest.get(known), state.form(variable)
         if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype.name):
             assert state.backend is not None
             with state.backend.untraced():
                 state.assign(variable, tensor.read())
+            del self._rest[known]
         elif self._strict:
             found = "none" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
-            raise ValueError(
+            # Whoever calls `build` may go on after this: no step is made then.
+            self._wrong = (
                 f"The state in the file does not fit the optimizer: '{known}' must be {dtype} of "
                 f"shape {shape}. The file has {found}."
             )
+            raise ValueError(self._wrong)
 
     def check_all_set(self) -> None:
         """As of `Awaited`."""
+        if self._wrong:
+            raise ValueError(self._wrong)
         if self._rest and self._strict:
             raise ValueError(
                 "The state in the file does not fit the optimizer, which has no "

@@ -1,0 +1,86 @@
+"""Files that are, at every moment, the old one or the new one and never a part of either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+fcntl: Any = None
+with suppress(ImportError):  # POSIX
+    import fcntl
+
+
+def replace(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Give the file `path` the content that `write` puts into the open file it is handed.
+
+    The content goes to `.{name}.partial` in the same folder, to the disk, and only then to `path`:
+    a process killed in between leaves that file behind, which the next call replaces, and `path`
+    as it was. Of two calls for one path, one waits for the other.
+
+    Args:
+        path: of the file; of a link, the file that it leads to.
+        write: is handed a file that is open for writing bytes.
+
+    Raises:
+        OSError: if it cannot be written; the file is as it was, and nothing is left beside it.
+    """
+    shown, path = os.fspath(path), Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{shown} is a folder. Give the name of a file.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with _locked(partial) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                with suppress(OSError):  # there is none yet, or it is another user's
+                    os.chmod(partial, path.stat().st_mode & 0o7777)
+                if fcntl is None:  # Windows moves no file that is open
+                    file.close()
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(
+            error.errno, f"{reason}: {shown} was not written, and is as it was before"
+        ) from error
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _locked(partial: Path) -> Any:
+    """The file, empty, and nobody else's while it is open."""
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        with open(descriptor, "r+b", buffering=0) as file:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # a process that is gone has let go of it
+                # Whoever had it before has given it its name, or taken it away.
+                if not _is_at(partial, descriptor):
+                    continue
+            file.truncate()
+            yield file
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where folders can be opened for it."""
+    with suppress(PermissionError):  # a folder may be written to and not read
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
