@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +13,18 @@ from typing import IO, Any
 fcntl: Any = None
 with suppress(ImportError):  # POSIX
     import fcntl
+
+# Of the threads of this process, which have a lock on a file together.
+_turn = threading.Lock()
+
+
+def _forget_other_threads() -> None:
+    global _turn
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def replace(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
@@ -28,11 +42,11 @@ def replace(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) 
         OSError: if it cannot be written; the file is as it was, and nothing is left beside it.
     """
     shown, path = os.fspath(path), Path(os.path.realpath(path))
-    if path.is_dir():
-        raise IsADirectoryError(f"{shown} is a folder. Give the name of a file.")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _locked(partial) as file:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a folder, and not the name of a file")
+        with _turn, _locked(partial) as file:
             try:
                 write(file)
                 file.flush()
@@ -61,7 +75,8 @@ def _locked(partial: Path) -> Any:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         with open(descriptor, "r+b", buffering=0) as file:
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # a process that is gone has let go of it
+                # It is let go of when this process is gone, though forks of it may live on.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
                 # Whoever had it before has given it its name, or taken it away.
                 if not _is_at(partial, descriptor):
                     continue
