@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from omniadam import __version__, environment
-from omniadam.cli import train
+from omniadam.cli import states, train
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     add_info(commands)
+    states.add_to(commands)
     train.add_to(commands)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run", None)
