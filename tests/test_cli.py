@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import omniadam
 from omniadam import slow
@@ -86,7 +87,18 @@ def invoke(*arguments: object) -> Result:
 def trained(output: Path, *arguments: object) -> dict[str, np.ndarray]:
     result = invoke("--output", output, *arguments)
     assert result.exit_code == 0, result.output
-    return checkpoint.load(output / "checkpoint.npz")
+    return stored(output)
+
+
+def stored(output: Path) -> dict[str, np.ndarray]:
+    """What is in the checkpoint of a run, by a reader that is not ours."""
+    arrays: dict[str, np.ndarray] = load_file(output / "checkpoint.safetensors")
+    return arrays
+
+
+def settings_in(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(arrays["run/settings"].tobytes())
+    return found
 
 
 def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -102,9 +114,9 @@ def test_the_defaults_learn_the_digits(tmp_path: Path) -> None:
     assert "test accuracy" in result.stderr and "loss" in result.stderr
     assert "Test accuracy" in result.stdout and "To try next:" in result.stdout
 
-    state = checkpoint.load(tmp_path / "run" / "checkpoint.npz")
+    state = stored(tmp_path / "run")
     model = checkpoint.load(tmp_path / "run" / "model.npz")
-    accuracy = state["history"][-1, 3]
+    accuracy = state["run/history"][-1, 3]
     assert accuracy >= 0.97
     assert f"{accuracy:.2%}" in result.stdout
     assert digits.loss_and_accuracy(list(model.values()), digits.load()[1])[1] == accuracy
@@ -113,7 +125,7 @@ def test_the_defaults_learn_the_digits(tmp_path: Path) -> None:
     picture = (tmp_path / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint.npz",
+        "checkpoint.safetensors",
         "curves.png",
         "model.npz",
     ]
@@ -128,7 +140,7 @@ def test_every_hyperparameter_is_an_option_with_adams_default() -> None:
 
 def test_every_option_has_a_help_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "500")
-    for command in ("train", "info"):
+    for command in ("train", "info", "inspect", "diff", "convert"):
         page = call(command, "--help")
         assert page.exit_code == 0
         joined = re.sub(r"\n {8,}", "  ", page.stdout)  # what is too long for the first column
@@ -238,7 +250,7 @@ def test_every_installed_library_makes_the_same_run(tmp_path: Path) -> None:
             continue
         title, loss, accuracy, milliseconds, *differences = re.split(r" {2,}", row)
         assert title.endswith(f" on {below}") == (name == "keras")
-        history = checkpoint.load(tmp_path / "run" / name / "checkpoint.npz")["history"]
+        history = stored(tmp_path / "run" / name)["run/history"]
         assert loss == f"{history[-1, 0]:.4f}" and accuracy == f"{history[-1, 3]:.2%}"
         assert history[-1, 3] > 0.9
         assert float(milliseconds) > 0
@@ -319,7 +331,7 @@ def test_all_neither_resumes_nor_replaces_unasked(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert words in " ".join(result.stderr.split())
     assert [folder.name for folder in tmp_path.iterdir()] == ["keras"]
-    assert_same_bits(checkpoint.load(tmp_path / "keras" / "checkpoint.npz"), state)
+    assert_same_bits(stored(tmp_path / "keras"), state)
 
 
 @pytest.mark.needs("torch")
@@ -332,7 +344,7 @@ def test_resumed_on_torch_is_as_never_stopped(options: str, tmp_path: Path) -> N
     whole = trained(tmp_path / "whole", *arguments, "--epochs", 4)
     trained(tmp_path / "parts", *arguments, "--epochs", 1)
     parts = trained(tmp_path / "parts", "--epochs", 4, "--resume")
-    assert json.loads(str(parts["settings"]))["framework"] == "torch"
+    assert settings_in(parts)["framework"] == "torch"
     assert_same_bits(parts, whole)
 
 
@@ -342,7 +354,7 @@ def test_a_run_goes_on_in_another_library(tmp_path: Path) -> None:
     numpy = trained(tmp_path / "numpy", *options, "--epochs", 2)
     trained(tmp_path / "both", *options, "--epochs", 1)
     state = trained(tmp_path / "both", "--epochs", 2, "--resume", "--framework", "torch")
-    assert json.loads(str(state["settings"]))["framework"] == "torch"
+    assert settings_in(state)["framework"] == "torch"
     assert list(state) == list(numpy)
     for name in state:
         if state[name].dtype == np.float32:  # 1e-5: see above
@@ -354,11 +366,11 @@ def test_with_ema_the_model_is_the_average_and_the_checkpoint_is_not(tmp_path: P
     model = checkpoint.load(tmp_path / "model.npz")
     weights = {name: state[f"model/{name}"] for name in model}
     assert all((weights[name] != model[name]).any() for name in model)
-    averages = [value for name, value in state.items() if name.startswith("optimizer/")]
+    averages = [value for name, value in state.items() if name.endswith(".average")]
     for value in model.values():
         assert any(value.tobytes() == average.tobytes() for average in averages)
     tested = digits.loss_and_accuracy(list(model.values()), digits.load()[1])
-    assert tested == tuple(state["history"][-1, 2:])
+    assert tested == tuple(state["run/history"][-1, 2:])
 
 
 # The command in its own process, killed where it would give the checkpoint its name the nth time,
@@ -368,7 +380,7 @@ import os, signal, sys
 left, replace = int(sys.argv.pop(1)), os.replace
 def counted(source, target):
     global left
-    left -= str(target).endswith("checkpoint.npz")
+    left -= str(target).endswith("checkpoint.safetensors")
     replace(source, target) if left else os.kill(os.getpid(), signal.SIGKILL)
 os.replace = counted
 sys.argv[0] = "omniadam"
@@ -393,13 +405,13 @@ def test_killed_at_the_worst_moments(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", *SHORT, "--epochs", 4)
     broken = tmp_path / "broken"
     assert start(broken, *SHORT, "--epochs", 4, killed_at=1).wait(60) == -signal.SIGKILL
-    assert not (broken / "checkpoint.npz").exists()
+    assert not (broken / "checkpoint.safetensors").exists()
 
     process = start(broken, *SHORT, "--epochs", 4, killed_at=4)
     assert process.wait(60) == -signal.SIGKILL
-    state = checkpoint.load(broken / "checkpoint.npz")
-    assert len(state["history"]) == 2  # written before the first step and after two epochs
-    assert len(list(broken.glob(".checkpoint.npz.*.partial"))) == 2
+    state = stored(broken)
+    assert len(state["run/history"]) == 2  # written before the first step and after two epochs
+    assert [path.name for path in broken.glob(".*")] == [".checkpoint.safetensors.partial"]
 
     assert_same_bits(trained(broken, "--resume"), whole)
     assert_same_bits(trained(broken, "--resume"), whole)  # nothing is left to do: nothing changes
@@ -410,7 +422,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     options = ["--epochs", 30, "--batch-size", 64, "--use-ema", "--schedule", "cosine"]
     whole = trained(tmp_path / "whole", *options)
     broken = tmp_path / "broken"
-    file = broken / "checkpoint.npz"
+    file = broken / "checkpoint.safetensors"
     moment = random.Random(0)
     done = []
     for _ in range(3):
@@ -421,7 +433,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         time.sleep(moment.uniform(0, 0.4))
         process.kill()
         process.wait()
-        done.append(len(checkpoint.load(file)["history"]))
+        done.append(len(stored(broken)["run/history"]))
     assert sorted(done) == done and done[0] < 30, done
     assert_same_bits(trained(broken, "--resume"), whole)
 
@@ -445,7 +457,7 @@ def test_resume_takes_its_settings_from_the_run(tmp_path: Path) -> None:
         result = invoke("--output", tmp_path, "--resume", *options)
         assert result.exit_code == 2
         assert words in result.stderr
-    assert_same_bits(checkpoint.load(tmp_path / "checkpoint.npz"), state)
+    assert_same_bits(stored(tmp_path), state)
     trained(tmp_path, "--resume", "--epochs", 3, "--beta-1", 0.8, "--no-use-ema")
 
 
@@ -455,20 +467,92 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     result = invoke("--output", tmp_path, *SHORT, "--epochs", 1, "--seed", 1)
     assert result.exit_code == 2
     assert all(option in result.stderr for option in ("--resume", "--overwrite", "--output"))
-    assert_same_bits(checkpoint.load(tmp_path / "checkpoint.npz"), state)
+    assert_same_bits(stored(tmp_path), state)
 
     other = trained(tmp_path, *SHORT, "--epochs", 1, "--seed", 1, "--overwrite")
-    assert json.loads(str(other["settings"]))["seed"] == 1
+    assert settings_in(other)["seed"] == 1
     assert (tmp_path / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint.npz", "checkpoint.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive"])
-def test_a_damaged_checkpoint_is_an_error_in_a_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.npz").write_bytes(content)
-    result = invoke("--output", tmp_path, "--resume")
+def test_a_damaged_checkpoint_is_an_error_in_a_line(
+    content: bytes, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    check_cannot_resume(tmp_path / name)
+
+
+def test_no_altered_byte_is_accepted(tmp_path: Path) -> None:
+    """Of the weights and of the run's settings, which are beside the optimizer's state."""
+    trained(tmp_path, *SHORT, "--epochs", 1)
+    file = tmp_path / "checkpoint.safetensors"
+    content, weights = file.read_bytes(), stored(tmp_path)
+    for name in ("model/dense_3/bias", "run/settings", "run/history", "iteration"):
+        place = content.index(weights[name].tobytes())
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        check_cannot_resume(file)
+    omniadam.save(omniadam.Adam(), file)  # a file of ours, and of no run
+    assert "not a file that omniadam train wrote" in check_cannot_resume(file)
+
+
+def check_cannot_resume(file: Path) -> str:
+    before = file.read_bytes()
+    result = invoke("--output", file.parent, "--resume")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: Cannot resume from")
-    assert (tmp_path / "checkpoint.npz").read_bytes() == content
+    assert len(result.stderr.splitlines()) == 1
+    assert file.read_bytes() == before
+    return result.stderr
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "train" / "checkpoint.npz"
+
+
+def test_a_checkpoint_that_was_written_before(tmp_path: Path) -> None:
+    """By omniadam when checkpoints were .npz, after one epoch; its values are a pattern."""
+    (tmp_path / "checkpoint.npz").write_bytes(FIXTURE.read_bytes())
+    assert invoke("--output", tmp_path, *SHORT).exit_code == 2  # there is a run
+    result = invoke("--output", tmp_path, "--resume")  # nothing is left to do
+    assert result.exit_code == 0 and "Resuming after epoch 1 of 1." in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.safetensors",
+        "curves.png",
+        "model.npz",
+    ]
+    old, new = checkpoint.load(FIXTURE), stored(tmp_path)
+    settings = json.loads(str(old["settings"]))
+    settings["adam"]["epsilon_hat"] = True  # which it was then, without a name
+    assert settings_in(new) == settings and settings["adam"]["use_ema"]
+    assert new["run/history"].tobytes() == old["history"].tobytes()
+    names = [name.removeprefix("model/") for name in old if name.startswith("model/")]
+    # Keras's order: the count, averages, accumulators, momentum and velocity by turns, the hats.
+    order = [*(f"{name}.average" for name in names)]
+    order += [f"{name}.gradient_accumulator" for name in names]
+    order += [f"{name}.{slot}" for name in names for slot in ("momentum", "velocity")]
+    order += [f"{name}.velocity_hat" for name in names]
+    pairs = {f"model/{name}": f"model/{name}" for name in names}
+    pairs |= {name: f"optimizer/{i}" for i, name in enumerate(["iteration", *order])}
+    assert new.keys() == {*pairs, "run/settings", "run/history", "omniadam.digests"}
+    for name, before in pairs.items():
+        assert new[name].dtype == old[before].dtype, name
+        assert new[name].tobytes() == old[before].tobytes(), name
+    # And it goes on, the same from either file.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "checkpoint.npz").write_bytes(FIXTURE.read_bytes())
+    ends = [trained(path, "--resume", "--epochs", 2) for path in (tmp_path, tmp_path / "again")]
+    assert_same_bits(*ends)
+    assert len(ends[0]["run/history"]) == 2
+
+
+def test_the_state_of_a_run_is_a_file_like_any(tmp_path: Path) -> None:
+    trained(tmp_path, *SHORT, "--epochs", 1)
+    result = call("inspect", tmp_path / "checkpoint.safetensors")
+    assert result.exit_code == 0 and "dense_1/kernel" in result.stdout
+    opt = omniadam.from_file(tmp_path / "checkpoint.safetensors")
+    assert opt.iterations == 12
 
 
 def test_a_checkpoint_of_another_version_is_an_error_in_a_line(tmp_path: Path) -> None:
@@ -506,7 +590,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path: Pat
     result = invoke("--output", tmp_path, *SHORT, "--learning-rate", 1e30)
     assert result.exit_code == 1
     assert "diverged" in result.stderr and "--learning-rate" in result.stderr
-    state = checkpoint.load(tmp_path / "checkpoint.npz")
+    state = stored(tmp_path)
     assert all(np.isfinite(value).all() for value in state.values() if value.dtype.kind == "f")
 
 

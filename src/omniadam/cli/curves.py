@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omniadam.cli import checkpoint
+from omniadam.saving import atomic
 
 LEARN, TEST, INK, FAINT, GRID = "#8da0b3", "#d1495b", "#2f3b46", "#6b7885", "#e6eaee"
 
@@ -89,4 +89,4 @@ def draw(path: Path, history: NDArray[np.float64], title: str, result: str) -> N
         below = {"transform": loss.transAxes, "fontsize": 10, "color": FAINT}
         loss.text(0, 1.04, result, **below).set_in_layout(False)
         accuracy.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-        checkpoint.replace(path, lambda file: figure.savefig(file, format="png"))
+        atomic.replace(path, lambda file: figure.savefig(file, format="png"))

@@ -1,7 +1,6 @@
 """One training run: its settings, its state between two epochs, and the way to and from a file."""
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from omniadam import Adam, schedules
 from omniadam.cli import checkpoint, digits
@@ -24,7 +22,6 @@ USUAL: dict[str, Any] = {
     for name, parameter in inspect.signature(Adam).parameters.items()
     if name != "name"
 }
-FORMAT = 1  # of the checkpoint; a file with another number is not read
 
 
 @dataclass(frozen=True)
@@ -166,41 +163,23 @@ class Run:
             self.optimizer.assign(variable, weight)
 
     def save(self, path: Path) -> None:
-        """Write all that `resume` needs to go on as if there had been no interruption."""
-        state: dict[str, NDArray[Any]] = {}
-        self.optimizer.save_own_variables(state)
-        checkpoint.save(
-            path,
-            {
-                "format": np.array(FORMAT),
-                "settings": np.array(json.dumps(asdict(self.settings))),
-                "history": np.array(self.history, np.float64).reshape(-1, 4),
-                **{
-                    f"model/{name}": weight
-                    for name, weight in zip(self.parameters, self.weights(), strict=True)
-                },
-                **{f"optimizer/{name}": value for name, value in state.items()},
-            },
-        )
+        """Write all that `load` needs to go on as if there had been no interruption."""
+        weights = dict(zip(self.parameters, self.weights(), strict=True))
+        checkpoint.write(path, self.optimizer, asdict(self.settings), self.history, weights)
 
     def save_model(self, path: Path) -> None:
         """Write the final weights alone, under their names."""
         checkpoint.save(path, dict(zip(self.parameters, self.final_weights(), strict=True)))
 
-    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take the state of a run with these settings, as `save` wrote it."""
-        self._assign([arrays[f"model/{name}"] for name in self.parameters])
-        prefix = "optimizer/"
-        self.optimizer.load_own_variables(
-            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        )
-        self.history = [tuple(row) for row in arrays["history"].tolist()]
+    def load(self, stored: checkpoint.Stored) -> None:
+        """Take the state of a run with these settings."""
+        self._assign([stored.weights[name] for name in self.parameters])
+        stored.restore(self.optimizer)
+        self.history = [tuple(row) for row in stored.history.tolist()]
 
 
-def stored_settings(arrays: Mapping[str, NDArray[Any]]) -> Settings:
+def stored_settings(stored: checkpoint.Stored) -> Settings:
     """The settings of the run that `Run.save` wrote."""
-    if "format" not in arrays or arrays["format"] != FORMAT:
-        raise ValueError("it was written by another version of omniadam, or by something else")
-    settings = json.loads(str(arrays["settings"]))
+    settings = stored.settings
     # A setting that there was not yet is as it was.
-    return Settings(**settings | {"adam": USUAL | settings["adam"]})
+    return Settings(**{**settings, "adam": USUAL | settings["adam"]})

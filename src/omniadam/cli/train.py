@@ -243,12 +243,13 @@ def train_peer(ours: Run, width: int) -> compare.Result:
     return result
 
 
-FILES = ("checkpoint.npz", "model.npz", "curves.png")
+FILES = ("checkpoint.safetensors", "model.npz", "curves.png")
+BEFORE = "checkpoint.npz"  # of the same kind as the first, as omniadam wrote it before
 
 
 def check_free(output: Path, is_wanted: bool) -> None:
     """Stop if a folder holds a run and nothing was said about it."""
-    if not is_wanted and any((output / name).exists() for name in FILES):
+    if not is_wanted and any((output / name).exists() for name in (*FILES, BEFORE)):
         raise UsageError(
             f"{output} holds a run. --resume goes on with it, --overwrite replaces it, "
             "another --output leaves it alone."
@@ -271,7 +272,9 @@ def train_one(
     from threadpoolctl import threadpool_limits
 
     state, model, picture = (output / name for name in FILES)
-    run = open_run(given, state if resume else None)
+    before = output / BEFORE
+    stored = before if before.exists() and not state.exists() else state
+    run = open_run(given, stored if resume else None)
     name = run.settings.framework
     # A sum that is split between threads depends on how many there are: with one, a run that is
     # resumed on another number of cores keeps its bits. Matrices this small lose nothing.
@@ -284,6 +287,7 @@ def train_one(
             # Before the first step, so that a run can be resumed from any moment on; and when
             # resuming, because --epochs may have been raised.
             run.save(state)
+            before.unlink(missing_ok=True)
             train_to_the_end(run, state, label, note)
             run.save_model(model)
             where = "" if name == "numpy" else f" on {run.framework.title}"
@@ -311,7 +315,7 @@ def open_run(given: Mapping[str, Any], file: Path | None) -> Run:
     stored = None
     if file is not None:
         try:
-            stored = checkpoint.load(file)
+            stored = checkpoint.read(file)
             settings = resumed_settings(given, stored_settings(stored))
         except FileNotFoundError as error:
             raise UsageError(
@@ -436,5 +440,6 @@ To try next:
   {command} --output runs/cosine --schedule cosine --learning-rate 0.003
   {command} --output runs/steady --use-ema --weight-decay 0.01 --global-clipnorm 1
   {command} --output runs/all --framework all
+  {command.removesuffix(" train")} inspect {shlex.quote(str(files[0]))}
   {command} --help"""
     )

@@ -4,7 +4,7 @@
     header          JSON: dtype, shape and place of each tensor; `__metadata__`, strings only
     tensors         little-endian, in C order, one behind the other
     last tensor     "omniadam.digests", 64 bytes: the state's hash, and SHA-256 of all before the
-                    tensors
+                    tensors; 32 more where there are tensors beside the state: the hash of those
 
 Any reader of safetensors reads the tensors. It is written tensor by tensor, as the library's own
 writer wants all of them in memory at once. It is read through the library's `safe_open`, whose
@@ -82,7 +82,7 @@ def write(
         ValueError: if a tensor is of a type that safetensors has not.
     """
     every = _ordered({**snapshot.tensors, **(others or {})})
-    header = _header(every, _metadata(snapshot, others or {}))
+    header = _header(every, _metadata(snapshot, others or {}), 96 if others else 64)
 
     def fill(file: IO[bytes]) -> None:
         _put(file, header)
@@ -101,11 +101,11 @@ def write(
                 _put(file, value.reshape(-1).view(np.uint8).data)
                 found[name].result()
                 told(value.nbytes)
-        _put(
-            file,
-            _state_hash(every, {name: each.result() for name, each in found.items()}, others or {})
-            + hashlib.sha256(header).digest(),
-        )
+                del value  # before the next one is read
+        digests = {name: each.result() for name, each in found.items()}
+        _put(file, _state_hash(every, digests, others or {}) + hashlib.sha256(header).digest())
+        if others:
+            _put(file, _hash_beside(others, digests))
 
     atomic.replace(path, fill)
 
@@ -166,11 +166,12 @@ def _json(value: Any) -> str:
         ) from error
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], digests: int) -> bytes:
     """The length and the header, padded so that the tensors begin at a multiple of 8."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
-    forms = {name: (t.dtype, t.shape) for name, t in tensors.items()} | {DIGESTS: ("uint8", (64,))}
+    forms = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    forms[DIGESTS] = "uint8", (digests,)
     for name, (dtype, shape) in forms.items():
         end = begin + _size(dtype, shape)
         content[name] = {
@@ -189,6 +190,10 @@ def _state_hash(
 ) -> bytes:
     forms = {name: (t.dtype, t.shape) for name, t in tensors.items() if name not in others}
     return hash_of(forms, found)
+
+
+def _hash_beside(others: Mapping[str, Tensor], found: Mapping[str, bytes]) -> bytes:
+    return hash_of({name: (t.dtype, t.shape) for name, t in others.items()}, found)
 
 
 # --- reading ---
@@ -242,7 +247,7 @@ def read(path: str | os.PathLike[str], told: Callable[[int], object] = lambda co
             f"omniadam reads format {FORMAT!r}. Use omniadam "
             f"{metadata.get('omniadam_version', 'of a later version')}, which wrote it."
         )
-    state_hash, header_digest = opened.digests()
+    state_hash, header_digest, hash_beside = opened.digests()
     if header_digest != opened.header_digest:
         raise opened.damaged("its header is not what was written")
     try:
@@ -252,7 +257,9 @@ def read(path: str | os.PathLike[str], told: Callable[[int], object] = lambda co
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise opened.damaged(f"its header lacks what it must have ({error!r})") from error
     found = dict(zip(tensors, opened.hashed(told), strict=True))
-    if _state_hash(tensors, found, beside) != state_hash:
+    if _state_hash(tensors, found, beside) != state_hash or hash_beside != (
+        _hash_beside(beside, found) if beside else b""
+    ):
         raise opened.damaged("its tensors are not what was written")
     return Read(snapshot, beside, state_hash.hex())
 
@@ -304,12 +311,13 @@ class _Opened:
             if name != DIGESTS
         }
 
-    def digests(self) -> tuple[bytes, bytes]:
-        """That of the state, and that of the header."""
-        if self._forms.get(DIGESTS) != ("U8", (64,)):
+    def digests(self) -> tuple[bytes, bytes, bytes]:
+        """Of the state, of the header, and of what is beside the state; empty if nothing is."""
+        form = self._forms.get(DIGESTS)
+        if form not in (("U8", (64,)), ("U8", (96,))):
             raise self.damaged(f"it lacks '{DIGESTS}'")
-        both = bytes(self._at(self._begins[DIGESTS], 64))
-        return both[:32], both[32:]
+        all_three = bytes(self._at(self._begins[DIGESTS], form[1][0]))
+        return all_three[:32], all_three[32:64], all_three[64:]
 
     def hashed(self, told: Callable[[int], object]) -> Iterator[bytes]:
         """SHA-256 of each tensor's bytes, in order; two at a time."""
