@@ -196,6 +196,7 @@ def test_inspect(tmp_path: Path) -> None:
         "learning_rate": 0.1,
         "state_hash": omniadam.state_hash(opt),
         "settings": opt.get_config(),
+        "all_settings": True,
     }
     held = {f"{v.replace('/', '_')}_{s}": (v, s) for v in KNOWN for s in SLOTS}
     assert [(row["variable"], row["slot"]) for row in tensors] == [
@@ -264,11 +265,12 @@ def test_inspect_says_what_a_file_does_not_tell(tmp_path: Path) -> None:
     file.write(path, replace(bare, variables=extended, tensors=tensors))
     found = call("inspect", path, "--json").json
     assert found["learning_rate"] is None and found["settings"] == {}
+    assert not found["all_settings"]
     assert [row["named"] for row in found["tensors"]] == [False, True, True, True]
     assert [row["extension"] for row in found["tensors"]] == [0, 1, 0, 0]
     text = call("inspect", path).out
-    assert "  not in the file\n" in text and "Extension 1 at iteration 3: head" in text
-    assert "loaded with by='position'" in text and "learning rate" not in text
+    assert "(the file does not tell others)" in text and "Extension 1 at iteration 3: head" in text
+    assert "load(..., by='position')" in text and "learning rate" not in text
     # A schedule is asked for the rate that is next; one of the user's cannot be.
     rate = schedules.ExponentialDecay(0.5, 7, 0.5)
     for config, want in ((schedules.serialize(rate), 0.25), ({"class_name": "Own"}, None)):
@@ -306,7 +308,7 @@ def test_one_tensor_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         return Snapshot("omniadam.Adam", KERAS, {}, tuple(variables), tensors)
 
     for arguments, most in (("inspect", "a"), 1), (("diff", "a", "b"), 2):
-        monkeypatch.setattr(states, "read", lambda path, key, most=most: state(most))
+        monkeypatch.setattr(states, "read", lambda *_, most=most, **kind: state(most))
         assert call(*arguments).status == 0
     assert len(alive) == 5 + 10
 
@@ -402,7 +404,7 @@ def test_diff_of_what_states_say(tmp_path: Path) -> None:
     later = {**bare.tensors, ITERATION: Tensor.of(np.array(8))}
     for changes, want in (
         ({"kind": "omniadam.AdamW"}, {"class": ["omniadam.Adam", "omniadam.AdamW"]}),
-        ({"tensors": later}, {"calls": [7, 8]}),
+        ({"tensors": later}, {"iterations": [7, 8], "calls": [7, 8]}),
         ({"settings": {"learning_rate": 0.25}}, {"learning_rate": [0.5, 0.25]}),
         (
             {"settings": {"learning_rate": 0.5, "epsilon_hat": False}},
@@ -427,6 +429,11 @@ def test_diff_of_what_states_say(tmp_path: Path) -> None:
         assert found.status == 1 and found.json["tensors"] == []
         result = call("diff", same, other)
         assert result.status == 1 and all(name in result.out for name in want)
+    # What is not told, or is of another generation, is no difference.
+    for changes in {"settings": {}}, {"generation": "torch", "settings": {"groups": []}}:
+        file.write(other, replace(bare, **changes))
+        found = call("diff", same, other, "--json").json["about"]
+        assert {row["what"] for row in found} <= {"generation"}
     # What is the default need not be said.
     file.write(other, replace(bare, settings={"learning_rate": 0.5, "epsilon_hat": True}))
     assert call("diff", same, other).status == 0
@@ -451,7 +458,7 @@ def test_convert(tmp_path: Path) -> None:
     target = tmp_path / "b.safetensors"
     result = call("convert", source, target)
     assert (result.status, result.err) == (0, "")
-    assert result.out == f"{target}: omniadam.Adam, 2 variables, 3 iterations\n"
+    assert result.out == f"{target}: 2 variables after 3 iterations\n"
     assert omniadam.state_hash(omniadam.from_file(target)) == omniadam.state_hash(opt)
     omniadam.save(trained(4), source)
     before = target.read_bytes()
@@ -465,6 +472,22 @@ def test_convert(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_settings_that_a_file_does_not_tell(tmp_path: Path) -> None:
+    values = {"w": {"momentum": np.ones(2)}}
+    source = written(tmp_path / "a.safetensors", values, settings={})
+    target = tmp_path / "b.safetensors"
+    result = call("convert", source, target)
+    assert result.status == 0
+    assert result.err.startswith(f"Note: {source} does not tell") and str(target) in result.err
+    said = ["--setting", "beta_1=0.5", "--setting", "use_ema=true", "--setting", "name=mine"]
+    assert call("convert", source, target, "--overwrite", *said).err == ""
+    want = {"beta_1": 0.5, "use_ema": True, "name": "mine"}
+    for each in [target], [source, *said]:
+        assert call("inspect", *each, "--json").json["settings"] == want
+    result = call("inspect", target, "--setting", "beta_1=0.9")
+    assert result.status == 2 and f"{target}: it has another value of beta_1" in result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -474,6 +497,7 @@ def test_convert(tmp_path: Path) -> None:
         (["diff", "a.safetensors"], "required: B"),
         (["diff", "a.safetensors", "b.safetensors", "--by", "hand"], "invalid choice"),
         (["inspect"], "required: FILE"),
+        (["inspect", "a.safetensors", "--setting", "use_ema"], "must be NAME=VALUE: 'use_ema'"),
     ],
 )
 def test_wrong_use(arguments: list[str], words: str) -> None:

@@ -18,6 +18,8 @@ from omniadam.cli.measures import Difference, Measures, Place
 from omniadam.saving import file, matching
 from omniadam.saving.snapshot import ITERATION, Snapshot, Tensor, digest, hash_of
 
+# As --setting gives them.
+Settings = Sequence[tuple[str, Any]]
 OURS = ".safetensors"
 MANY = 8  # of a list in a line
 
@@ -42,7 +44,33 @@ FILES = (
     "folders of torch.distributed.checkpoint, orbax's folders, where the library is installed."
 )
 KEY = "Where in {} the optimizer is: names with dots between them."
+AS = "Translate {} to the state of another class, such as omniadam.Adam."
 BY = "By what variables are told: %(choices)s. Default: %(default)s."
+
+
+def add_setting(parser: argparse.ArgumentParser, file: str) -> None:
+    """Add the option that says what a file does not tell."""
+    parser.add_argument(
+        "--setting",
+        dest="settings",
+        action="append",
+        type=setting,
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"A setting of the optimizer in {file} that the file does not tell, as .weights.h5 "
+        "do not: use_ema=true. May be given several times.",
+    )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Name and value; the value is JSON, or a word."""
+    name, found, value = text.partition("=")
+    if not (name and found):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE: {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def run_by(parser: argparse.ArgumentParser, run: Callable[..., int | None]) -> None:
@@ -83,13 +111,38 @@ def named(*paths: Path) -> Iterator[None]:
 # --- reading ---
 
 
-def read(path: Path, key: str | None = None) -> Snapshot:
-    """The state in a file of any format, verified if it is ours; tensors are read when wanted."""
+def read(
+    path: Path, key: str | None = None, settings: Settings = (), kind: str | None = None
+) -> Snapshot:
+    """The state in a file of any format, verified if it is ours; tensors are read when wanted.
+
+    Args:
+        path: of the file.
+        key: where in it the optimizer is.
+        settings: what the file does not tell.
+        kind: the class that it is translated for.
+    """
+    given = dict(settings)
+    found = read_as_it_is(path, key, given)
+    with named(path):
+        otherwise = [name for name in given if found.settings.get(name, given[name]) != given[name]]
+        if otherwise:
+            raise ValueError(f"it has another value of {', '.join(otherwise)}")
+        found = replace(found, settings={**given, **found.settings})
+        if kind is None:
+            return found
+        from omniadam.saving.translate import translated
+
+        return translated(found, kind)
+
+
+def read_as_it_is(path: Path, key: str | None, settings: Mapping[str, Any]) -> Snapshot:
+    """The same, with no more settings than the file tells."""
     with named(path):
         if not file.is_ours(path):
             from omniadam import formats
 
-            return formats.read(path, key)
+            return formats.read(path, key, settings)
         if key is not None:
             raise ValueError(f"{path} holds one optimizer, and no place called '{key}'.")
         with progress(path.stat().st_size, f"verifying {path.name}") as told:
@@ -135,6 +188,11 @@ def bytes_in(snapshot: Snapshot) -> int:
 
 
 # --- what a state says of itself ---
+
+
+def tells_settings(snapshot: Snapshot) -> bool:
+    """Whether all settings are known, and not only those that the state shows."""
+    return bool(snapshot.settings) and getattr(snapshot, "is_complete", True)
 
 
 def calls(snapshot: Snapshot) -> int | None:
@@ -189,15 +247,16 @@ def add_inspect(commands: Any) -> None:
     parser = add(commands, "inspect", text, FILES)
     parser.add_argument("path", type=Path, metavar="FILE", help="File or folder to look into.")
     parser.add_argument("--key", help=KEY.format("FILE"))
+    add_setting(parser, "FILE")
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the keys that docs/cli.md lists."
     )
     run_by(parser, inspect)
 
 
-def inspect(path: Path, key: str | None, json: bool) -> None:
+def inspect(path: Path, key: str | None, settings: Settings, json: bool) -> None:
     """Print what a file holds."""
-    snapshot = read(path, key)
+    snapshot = read(path, key, settings)
     rows: list[tuple[Place, Tensor, Measures]] = []
     digests = {}
     with named(path), progress(bytes_in(snapshot), f"reading {path.name}") as told:
@@ -217,6 +276,7 @@ def inspect(path: Path, key: str | None, json: bool) -> None:
         "learning_rate": rate(snapshot),
         "state_hash": hash_of(forms, digests).hex(),
         "settings": dict(snapshot.settings),
+        "all_settings": tells_settings(snapshot),
     }
     if json:
         print(as_json({**facts, "tensors": [as_fact(snapshot, *row) for row in rows]}))
@@ -262,7 +322,8 @@ def as_text(
     }
     lines = [printable(facts["file"]), *listed({k: v for k, v in head.items() if v is not None})]
     settings = {name: as_value(value) for name, value in flat(facts["settings"]).items()}
-    lines += ["", "settings", *(listed(settings) or ["  not in the file"])]
+    lines += ["", "settings", *listed(settings)]
+    lines += [] if facts["all_settings"] else ["  (the file does not tell others)"]
     headings = ["variable", "slot", "shape", "dtype", "norm", "largest", "non-finite", "zeros"]
     cells = [
         [
@@ -284,7 +345,7 @@ def as_text(
         at = "" if since is None else f" at iteration {int(since.read())}"
         lines += ["", printable(f"Extension {number}{at}: {', '.join(names)}")]
     if any(not v.is_named for v in snapshot.variables):
-        lines += ["", "Names that a library made up: the file is loaded with by='position'."]
+        lines += ["", "Not all names are their user's: load(..., by='position') takes the file."]
     return "\n".join(lines)
 
 
@@ -298,19 +359,27 @@ def add_diff(commands: Any) -> None:
     parser = add(commands, "diff", text, more)
     parser.add_argument("a", type=Path, metavar="A", help="File or folder.")
     parser.add_argument("b", type=Path, metavar="B", help="Another one.")
-    parser.add_argument("--key", dest="key_a", help=KEY.format("A"))
-    parser.add_argument("--key-b", help=KEY.format("B") + " Default: as in A.")
+    parser.add_argument("--key-a", metavar="KEY", help=KEY.format("A"))
+    parser.add_argument("--key-b", metavar="KEY", help=KEY.format("B"))
     parser.add_argument("--by", choices=["name", "position"], default="name", help=BY)
+    parser.add_argument("--as", dest="kind", metavar="CLASS", help=AS.format("both"))
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the keys that docs/cli.md lists."
     )
     run_by(parser, diff)
 
 
-def diff(a: Path, b: Path, key_a: str | None, key_b: str | None, by: str, json: bool) -> int:
+def diff(
+    a: Path,
+    b: Path,
+    key_a: str | None,
+    key_b: str | None,
+    by: str,
+    kind: str | None,
+    json: bool,
+) -> int:
     """Print what differs; returns the status to end with."""
-    ours = read(a, key_a)
-    theirs = read(b, key_b or (None if file.is_ours(b) else key_a))
+    ours, theirs = read(a, key_a, kind=kind), read(b, key_b, kind=kind)
     about = told_apart(ours, theirs, by)
     pairs = [p for p in measures.pairs(ours, theirs, by) if p.place.tensor != ITERATION]
     found = []
@@ -341,11 +410,15 @@ def diff(a: Path, b: Path, key_a: str | None, key_b: str | None, by: str, json: 
 def told_apart(ours: Snapshot, theirs: Snapshot, by: str) -> dict[str, tuple[Any, Any]]:
     """What two states say of themselves and of their variables, where it differs."""
     states = (ours, theirs)
-    facts = [{"class": s.kind, "generation": s.generation, "calls": calls(s)} for s in states]
-    for fact, state in zip(facts, states, strict=True):
-        fact |= flat({**state.settings, **matching.meaning(state)})
+    facts: list[dict[str, Any]] = []
+    for state in states:
+        counts = {"iterations": iterations(state), "calls": calls(state)}
+        facts.append({"class": state.kind, "generation": state.generation})
+        facts[-1] |= {name: count for name, count in counts.items() if count is not None}
+        facts[-1] |= flat({**state.settings, **matching.meaning(state)})
     names = dict.fromkeys([*facts[0], *facts[1]])
-    if not all(state.settings for state in states):  # of one that tells none, none is another
+    # What a file does not tell, or another generation does not have, is no difference.
+    if not all(map(tells_settings, states)) or ours.generation != theirs.generation:
         names = {name: None for name in names if name in facts[0] and name in facts[1]}
     pairs = {name: (facts[0].get(name), facts[1].get(name)) for name in names}
     for one, other in measures.partners(ours, theirs, by):
@@ -433,8 +506,7 @@ def add_convert(commands: Any) -> None:
         type=Path,
         metavar="OUT",
         nargs="?",
-        help=f"File to write: {OURS}, .pt, or a name without an ending for a folder of "
-        "torch.distributed.checkpoint.",
+        help=f"File to write: {OURS}, .pt, or .dcp for a folder of torch.distributed.checkpoint.",
     )
     parser.add_argument(
         "--into",
@@ -444,12 +516,13 @@ def add_convert(commands: Any) -> None:
         "checkpoint of TensorFlow, a folder of orbax.",
     )
     parser.add_argument("--key", help=KEY.format("IN"))
+    add_setting(parser, "IN")
     parser.add_argument("--into-key", metavar="KEY", help=KEY.format("FILE"))
     parser.add_argument(
         "--as",
         dest="kind",
         metavar="CLASS",
-        help="Translate it to the state of another class, such as omniadam.Adam.",
+        help=AS.format("it"),
     )
     parser.add_argument(
         "--by", choices=["name", "position"], default="name", help=f"With --into. {BY}"
@@ -471,6 +544,7 @@ def convert(
     target: Path | None,
     into: Path | None,
     key: str | None,
+    settings: Settings,
     into_key: str | None,
     kind: str | None,
     by: str,
@@ -479,12 +553,7 @@ def convert(
     """Write what was read to `target`, or into `into`."""
     if target is not None and target.exists() and not overwrite:
         raise Failed(printable(f"{target} is there already: --overwrite replaces it"))
-    snapshot = read(source, key)
-    if kind is not None:
-        with named(source):
-            from omniadam.saving.translate import translated
-
-            snapshot = translated(snapshot, kind)
+    snapshot = read(source, key, settings, kind)
     written = target or into
     assert written is not None
     with (
@@ -504,9 +573,15 @@ def convert(
                 formats.write_into(given, into, into_key, by)
     count = iterations(snapshot)
     print(
-        f"{written}: {snapshot.kind}, {len(snapshot.variables)} variables, "
-        f"{'no count' if count is None else f'{count} iterations'}"
+        f"{written}: {len(snapshot.variables)} variables"
+        + ("" if count is None else f" after {count} iterations")
     )
+    if not tells_settings(snapshot):
+        print(
+            f"Note: {source} does not tell all settings, and {written} has what it and --setting "
+            "say.",
+            file=sys.stderr,
+        )
 
 
 # --- as text ---
