@@ -404,7 +404,14 @@ def test_diff_of_what_states_say(tmp_path: Path) -> None:
     later = {**bare.tensors, ITERATION: Tensor.of(np.array(8))}
     for changes, want in (
         ({"kind": "omniadam.AdamW"}, {"class": ["omniadam.Adam", "omniadam.AdamW"]}),
-        ({"tensors": later}, {"iterations": [7, 8], "calls": [7, 8]}),
+        ({"tensors": later}, {"iterations": [7, 8]}),
+        (
+            {"settings": {"learning_rate": 0.5, "gradient_accumulation_steps": 2}},
+            {
+                "iterations": [7, 3],
+                "gradient_accumulation_steps": [None, 2],
+            },
+        ),
         ({"settings": {"learning_rate": 0.25}}, {"learning_rate": [0.5, 0.25]}),
         (
             {"settings": {"learning_rate": 0.5, "epsilon_hat": False}},
@@ -437,6 +444,13 @@ def test_diff_of_what_states_say(tmp_path: Path) -> None:
     # What is the default need not be said.
     file.write(other, replace(bare, settings={"learning_rate": 0.5, "epsilon_hat": True}))
     assert call("diff", same, other).status == 0
+
+
+def test_diff_of_calls_that_make_no_step(tmp_path: Path) -> None:
+    for name, count in ("one", 4), ("two", 5):
+        omniadam.save(trained(count, gradient_accumulation_steps=2), tmp_path / name)
+    found = call("diff", tmp_path / "one", tmp_path / "two", "--json").json["about"]
+    assert found == [{"what": "calls", "values": [4, 5]}]
 
 
 def test_diff_by_position(tmp_path: Path) -> None:

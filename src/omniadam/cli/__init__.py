@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(**options)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of what is read no further, as by `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def add_info(commands: "argparse._SubParsersAction[Parser]") -> None:

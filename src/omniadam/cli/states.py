@@ -411,8 +411,11 @@ def told_apart(ours: Snapshot, theirs: Snapshot, by: str) -> dict[str, tuple[Any
     """What two states say of themselves and of their variables, where it differs."""
     states = (ours, theirs)
     facts: list[dict[str, Any]] = []
+    names_of_counts = {"iterations": iterations, "calls": calls}
+    if all(calls(state) in (None, iterations(state)) for state in states):
+        del names_of_counts["calls"]  # which would say it twice
     for state in states:
-        counts = {"iterations": iterations(state), "calls": calls(state)}
+        counts = {name: count(state) for name, count in names_of_counts.items()}
         facts.append({"class": state.kind, "generation": state.generation})
         facts[-1] |= {name: count for name, count in counts.items() if count is not None}
         facts[-1] |= flat({**state.settings, **matching.meaning(state)})
