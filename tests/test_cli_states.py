@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from omniadam.cli import main, measures, states
 from omniadam.saving import file
 from omniadam.saving.snapshot import ITERATION, KERAS, Snapshot, Tensor, Variable
 from reference import Array
+
+SOURCE = str(Path(omniadam.__file__).parents[1])
 
 
 @dataclass
@@ -486,6 +490,57 @@ def test_convert(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_files_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of `omniadam.formats` and `saving.translate`; each has tests of its own."""
+    asked: list[Any] = []
+
+    def given(snapshot: Snapshot) -> str:
+        return "".join(str(tensor.read().size) for tensor in snapshot.tensors.values())
+
+    formats: Any = ModuleType("omniadam.formats")
+    formats.read = lambda *a: asked.append(("read", *a)) or made({"w": {"momentum": np.ones(2)}})
+    formats.write = lambda state, *a: asked.append(("write", given(state), *a))
+    formats.write_into = lambda state, *a: asked.append(("into", given(state), *a))
+    translate: Any = ModuleType("omniadam.saving.translate")
+    translate.translated = lambda state, kind: replace(state, kind=kind)
+    monkeypatch.setitem(sys.modules, "omniadam.formats", formats)
+    monkeypatch.setattr(omniadam, "formats", formats, raising=False)
+    monkeypatch.setitem(sys.modules, "omniadam.saving.translate", translate)
+    source, target = tmp_path / "a.pt", tmp_path / "b.pt"
+    source.write_bytes(b"some archive")
+    said = ["--key", "model.optimizer", "--setting", "use_ema=true"]
+    assert call("convert", source, target, *said).status == 0
+    read = ("read", source, "model.optimizer", {"use_ema": True})
+    assert asked == [read, ("write", "12", target)]
+    asked.clear()
+    assert call("convert", source, "--into", target).status == 0
+    assert call("convert", source, "--into", target, "--into-key", "a.b", "--by", "position")
+    plain = ("read", source, None, {})
+    assert asked == [
+        *(plain, ("into", "12", target, None, "name")),
+        *(plain, ("into", "12", target, "a.b", "position")),
+    ]
+    asked.clear()
+    ours = tmp_path / "b.safetensors"
+    assert call("convert", source, ours, "--as", "omniadam.AdamW").status == 0
+    assert call("inspect", ours, "--json").json["class"] == "omniadam.AdamW"
+    kind = ["--as", "omniadam.Adam"]
+    assert call("diff", source, ours, "--key-a", "x").status == 1
+    assert call("diff", source, ours, "--key-a", "x", *kind).status == 0
+    assert asked == [plain, *[("read", source, "x", {})] * 2]
+
+    # Whatever a library says of a file is a line.
+    def fail(*_: Any) -> Any:
+        raise ModuleNotFoundError("torch is not installed:\n pip install 'omniadam[torch]'")
+
+    formats.read = fail
+    result = call("inspect", source)
+    assert (result.status, result.out) == (2, "")
+    assert result.err == (
+        f"Error: {source}: torch is not installed: pip install 'omniadam[torch]'\n"
+    )
+
+
 def test_settings_that_a_file_does_not_tell(tmp_path: Path) -> None:
     values = {"w": {"momentum": np.ones(2)}}
     source = written(tmp_path / "a.safetensors", values, settings={})
@@ -600,3 +655,52 @@ def test_another_class_is_a_difference(tmp_path: Path) -> None:
         omniadam.save(opt, path)
     found = call("diff", tmp_path / "a", tmp_path / "b", "--json").json["about"]
     assert {row["what"] for row in found} == {"class", "name", "weight_decay"}
+
+
+# --- a process of its own ------------------------------------------------------------------------
+
+# What extras bring, and the libraries of other files.
+EXTRAS = [
+    *("autograd", "matplotlib", "sklearn", "threadpoolctl", "tqdm"),
+    *("torch", "jax", "tensorflow", "keras", "tf_keras", "optax", "orbax", "h5py", "ml_dtypes"),
+]
+
+
+def test_no_extra_is_needed_for_files_of_ours(tmp_path: Path) -> None:
+    omniadam.save(trained(2), tmp_path / "a.safetensors")
+    script = f"""
+import sys
+for name in {EXTRAS}:
+    sys.modules[name] = None
+from omniadam.cli import main
+main(["inspect", "a.safetensors"])
+main(["convert", "a.safetensors", "b.safetensors"])
+main(["diff", "a.safetensors", "b.safetensors"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": SOURCE},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.endswith("do not differ: 4 tensors are the same.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such pipes")
+def test_who_reads_no_further_sees_no_traceback(tmp_path: Path) -> None:
+    """As in `omniadam inspect FILE | head`."""
+    values = {f"variable {i}": {"momentum": np.ones(2)} for i in range(2000)}
+    path = written(tmp_path / "a.safetensors", values)
+    with subprocess.Popen(
+        [sys.executable, "-m", "omniadam", "inspect", str(path)],
+        env=os.environ | {"PYTHONPATH": SOURCE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
