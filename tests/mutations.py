@@ -77,6 +77,7 @@ FAULTS = [
         NUMPY,
     ),
     Fault("rule.py", "epsilon if epsilon_hat else epsilon * correction_2", "epsilon", DROP_IN),
+    Fault("adam.py", "epsilon_hat=self.epsilon_hat", "epsilon_hat=True", "test_epsilon_hat.py"),
     Fault("rule.py", "beta if short else 1 - beta", "1 - beta", "test_short_betas.py"),
     Fault("rule.py", "rate / (1.0 + decay * (t - 1))", "rate / (1.0 + decay * t)", OLDER),
     Fault("rule.py", "g = divide(g, scale)", "g = divide(g, scale * scale)", NUMPY),
