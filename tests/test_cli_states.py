@@ -328,7 +328,7 @@ def test_diff_of_the_same(tmp_path: Path) -> None:
     omniadam.save(again, other := tmp_path / "b.safetensors")
     result = call("diff", one, other)
     assert (result.status, result.err) == (0, "")
-    assert result.out == f"{one} and {other} do not differ: 4 tensors are the same.\n"
+    assert result.out == f"{one} and {other} do not differ: 4 tensors compared.\n"
     found = call("diff", one, other, "--json").json
     assert found == {
         "files": [str(one), str(other)],
@@ -685,7 +685,7 @@ main(["diff", "a.safetensors", "b.safetensors"])
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.endswith("do not differ: 4 tensors are the same.\n")
+    assert done.stdout.endswith("do not differ: 4 tensors compared.\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such pipes")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +133,35 @@ def read(
         found = replace(found, settings={**given, **found.settings})
         if kind is None:
             return found
-        from omniadam.saving.translate import translated
-
-        return translated(found, kind)
+        translate: Any = import_module("omniadam.saving.translate")
+        of_kind: Snapshot = translate.translated(found, kind)
+        return of_kind
 
 
 def read_as_it_is(path: Path, key: str | None, settings: Mapping[str, Any]) -> Snapshot:
     """The same, with no more settings than the file tells."""
     with named(path):
         if not file.is_ours(path):
-            from omniadam import formats
-
-            return formats.read(path, key, settings)
+            with other_formats() as formats:
+                found: Snapshot = formats.read(path, key, settings)
+            return found
         if key is not None:
             raise ValueError(f"{path} holds one optimizer, and no place called '{key}'.")
         with progress(path.stat().st_size, f"verifying {path.name}") as told:
             return file.read(path, told).snapshot
+
+
+@contextmanager
+def other_formats() -> Iterator[Any]:
+    """The module that knows other files, without what TensorFlow's C++ says when it is imported."""
+    name = "TF_CPP_MIN_LOG_LEVEL"
+    is_chosen = name in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield import_module("omniadam.formats")
+    finally:
+        if not is_chosen:
+            del os.environ[name]
 
 
 @contextmanager
@@ -459,7 +474,7 @@ def differences_as_text(
 ) -> str:
     """What `omniadam diff` says."""
     if not about and not found:
-        return f"{a} and {b} do not differ: {count} tensors are the same."
+        return f"{a} and {b} do not differ: {counted(count, 'tensor')} compared."
     lines = [f"A  {a}", f"B  {b}"]
     if about:
         cells = [[name, as_value(one), as_value(other)] for name, (one, other) in about.items()]
@@ -474,7 +489,7 @@ def differences_as_text(
                 last_is_left=True,
             ),
         ]
-    lines += ["", f"{len(found)} of {count} tensors differ."]
+    lines += ["", f"{len(found)} of {counted(count, 'tensor')} differ."]
     return "\n".join(lines)
 
 
@@ -567,17 +582,15 @@ def convert(
         if target is not None and target.suffix == OURS:
             file.write(target, given)
         else:
-            from omniadam import formats
-
-            if target is not None:
-                formats.write(given, target)
-            else:
-                assert into is not None
-                formats.write_into(given, into, into_key, by)
+            with other_formats() as formats:
+                if target is not None:
+                    formats.write(given, target)
+                else:
+                    formats.write_into(given, into, into_key, by)
     count = iterations(snapshot)
     print(
-        f"{written}: {len(snapshot.variables)} variables"
-        + ("" if count is None else f" after {count} iterations")
+        f"{written}: {counted(len(snapshot.variables), 'variable')}"
+        + ("" if count is None else f" after {counted(count, 'iteration')}")
     )
     if not tells_settings(snapshot):
         print(
@@ -601,6 +614,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counted(number: int, what: str) -> str:
+    """So many of them."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def as_value(value: Any) -> str:
