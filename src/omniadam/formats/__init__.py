@@ -1,17 +1,20 @@
 """Files of other libraries, which hold the state of an optimizer among other things.
 
-A module a format, with `read(path, key) -> Snapshot`; where a file of it can be made,
-`write(snapshot, path)`; where the optimizer's part of one can be replaced,
-`write_into(snapshot, path, key)`. A module imports its format's library, and is imported for a file
-of that format only. What a file holds is not trusted: whatever is wrong with it is a ValueError that
-names it, raised before anything is written.
+A module a format, which is imported for a file of that format only, and imports its library:
+
+    read(path, key, settings) -> Snapshot
+    write(snapshot, path)                   if such a file can be made
+    write_into(snapshot, path, key, by)     if the optimizer's part of one can be replaced
+
+What a file holds is not trusted: whatever is wrong with it is a ValueError that names it, raised
+before anything is written.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,17 +73,23 @@ FORMATS: tuple[Format, ...] = (
 MADE: dict[str, str] = {}
 
 
-def read(path: str | os.PathLike[str], key: str | None = None) -> Snapshot:
+def read(
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Snapshot:
     """The state of an optimizer in a file of another library.
 
     Args:
         path: a file, a folder, or the prefix of a TensorFlow checkpoint.
         key: where in the file the optimizer is, if there is more than one place: names with dots
             or slashes between them.
+        settings: of the optimizer that the state is for, as `get_config()` has them; they tell what
+            is what where the file does not, as in a `.weights.h5` with a moving average.
 
     Returns:
-        What the file tells: settings that it does not hold are not there. Tensors are read from the
-        file when they are wanted, one by one.
+        What the file tells: settings that it does not hold are not there (`Snapshot.is_complete`).
+        Tensors are read from the file when they are wanted, one by one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -88,7 +97,7 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Snapshot:
         ModuleNotFoundError: if the library that reads it is missing; it names the extra.
     """
     path = Path(path)
-    snapshot: Snapshot = _module_for(path).read(path, key)
+    snapshot: Snapshot = _module_for(path).read(path, key, settings)
     return snapshot
 
 
@@ -99,10 +108,12 @@ def write_into(snapshot: Snapshot, path: str | os.PathLike[str], key: str | None
     them is there as a whole.
 
     Args:
-        snapshot: what the optimizer in the file shall go on with. It has variables of the same
-            shapes; the names are compared where both have them, otherwise the order counts.
+        snapshot: what the optimizer in the file shall go on with. It has the same slots, for
+            variables of the same shapes.
         path: as in `read`.
         key: as in `read`.
+        by: "name"; or "position", where names of variables are missing in the file or in the state,
+            and the order is the same.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as `read`.
@@ -116,7 +127,7 @@ def write_into(snapshot: Snapshot, path: str | os.PathLike[str], key: str | None
             f"The optimizer's part of '{path}' cannot be replaced: a file of this format is "
             f"written as a whole. Use `write`, to a name that ends in {_ends()}."
         )
-    module.write_into(snapshot, path, key)
+    module.write_into(snapshot, path, key, by)
 
 
 def write(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
