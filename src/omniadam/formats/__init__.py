@@ -101,7 +101,12 @@ def read(
     return snapshot
 
 
-def write_into(snapshot: Snapshot, path: str | os.PathLike[str], key: str | None = None) -> None:
+def write_into(
+    snapshot: Snapshot,
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    by: str = "name",
+) -> None:
     """Replace the state of the optimizer in an existing file, and nothing else that is in it.
 
     The file is made anew beside the old one and takes its place at the end: at any instant, one of
