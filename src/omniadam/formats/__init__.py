@@ -66,7 +66,7 @@ def _is_tensorflow(path: Path) -> bool:
 # The first that recognises a file reads it.
 FORMATS: tuple[Format, ...] = (
     Format("Keras's .keras", "keras_archive", _is_keras),
-    Format("HDF5 of Keras or tf_keras", "hdf5", _is_hdf5),
+    Format("HDF5 of Keras or tf_keras", "keras_hdf5", _is_hdf5),
     Format("a checkpoint of TensorFlow", "tensorflow", _is_tensorflow),
 )
 # What can be made anew: by the end of its name, the module.
