@@ -30,7 +30,7 @@ _UNDEFINED = (1 << 64) - 1
 _DATASPACE, _LINKS, _DATATYPE, _LINK, _OUTSIDE, _LAYOUT = 0x1, 0x2, 0x3, 0x6, 0x7, 0x8
 _FILTERS, _ATTRIBUTE, _CONTINUED, _SYMBOLS, _ATTRIBUTES = 0xB, 0xC, 0x10, 0x11, 0x15
 # Offset, precision, place and size of exponent and of mantissa, and bias, of float types.
-_FLOATS = {
+_FLOATS: dict[tuple[int, ...], str] = {
     (0, 16, 10, 5, 0, 10, 15): "f2",
     (0, 32, 23, 8, 0, 23, 127): "f4",
     (0, 64, 52, 11, 0, 52, 1023): "f8",
@@ -567,4 +567,5 @@ def _attribute(message: Message) -> tuple[str, int, tuple[int, ...], Bytes]:
 def _bfloat16() -> np.dtype[Any]:
     import ml_dtypes  # which comes with Keras
 
-    return np.dtype(ml_dtypes.bfloat16)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found

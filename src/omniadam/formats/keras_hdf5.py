@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..saving import atomic
+from ..saving.names import is_made_up
 from ..saving.snapshot import OPTIMIZER_V2, Snapshot
 from . import keras_state
 from .hdf5 import Dataset, File, Part
@@ -171,7 +172,7 @@ def _whole_model(file: File, children: Mapping[str, int | None]) -> _Look:
 
         def named(slots: Mapping[str, int]) -> tuple[str, bool] | None:
             found = _name(names[slots["momentum"]], names[slots["velocity"]], weights)
-            return None if found is None else (found, keras_state.is_users(found, classes))
+            return None if found is None else (found, not is_made_up(found, classes))
 
         held = keras_state.ordered(arrays, known, None, named)
     version = file.text(root["keras_version"]) if "keras_version" in root else ""
@@ -194,7 +195,7 @@ def _names(file: File, group: int, name: str = "weight_names") -> Iterator[Part]
 
 def _own_of_scaling(config: Mapping[str, Any], names: Sequence[str]) -> int:
     """How many arrays a LossScaleOptimizer of Keras 3 has before those of its optimizer."""
-    is_scaling = config.get("class_name") == "LossScaleOptimizer"
+    is_scaling = config.get("class_name") in keras_state.SCALING
     return 4 if is_scaling and any(name.endswith("dynamic_scale") for name in names[:4]) else 0
 
 
@@ -267,7 +268,7 @@ def _of_legacy(
         if list(slots) != kept:
             raise ValueError(f"of '{base}' it has {list(slots)}, and its Adam keeps {kept}")
         name = base.removeprefix(f"{scope}/")
-        variables.append(keras_state.variable(name, keras_state.is_users(name, classes), slots))
+        variables.append(keras_state.variable(name, not is_made_up(name, classes), slots))
     return Held(known, arrays[0], None, tuple(variables))
 
 

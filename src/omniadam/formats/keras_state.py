@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,8 @@ KEPT = {
     "gradient_accumulator": "gradient_accumulation_steps",
     "velocity_hat": "amsgrad",
 }
+# Optimizers around an Adam: Keras's and tf_keras's.
+SCALING = ("LossScaleOptimizer", "LossScaleOptimizerV3")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -85,7 +86,7 @@ def of_config(config: Any) -> Known:
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise ValueError("it does not say what its optimizer is")
     name, settings = config.get("class_name"), dict(config["config"])
-    if name == "LossScaleOptimizer":
+    if name in SCALING:
         return of_config(settings.get("inner_optimizer"))
     module = str(config.get("module") or "")
     owner = str(config.get("registered_name") or name).rpartition(">")[0]
@@ -241,7 +242,7 @@ def _orders(stored: Sequence[Stored], known: Known, says: Mapping[str, Any]) -> 
             return (bool(says.get(setting)),)
         return (False, True)
 
-    rates = (False, True)
+    rates: tuple[bool, ...] = (False, True)
     if known.is_complete:
         rates = (not known.is_tf_keras and not isinstance(says.get("learning_rate"), dict),)
     later = _extensions(says)
@@ -473,7 +474,7 @@ def changed_config(config: Mapping[str, Any], held: Held, given: Snapshot) -> di
         ValueError: if the class in the file does not have a setting.
     """
     inner = dict(config["config"])
-    if config.get("class_name") == "LossScaleOptimizer":
+    if config.get("class_name") in SCALING:
         inner["inner_optimizer"] = changed_config(inner["inner_optimizer"], held, given)
         return {**config, "config": inner}
     usual = class_of(held.known).from_config({}).get_config()
@@ -506,22 +507,3 @@ def _schedule(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     inner = config.get("config")
     given = inner if isinstance(inner, Mapping) else {}
     return name, {k: v for k, v in given.items() if k != "name" and v is not None}
-
-
-def is_users(name: str, classes: Iterable[str] = ()) -> bool:
-    """Whether a name is its user's, and was not made up by Keras or TensorFlow.
-
-    Args:
-        name: of a variable, such as "dense_3/kernel".
-        classes: of the layers of the model, if the file tells them.
-    """
-    usual = {"variable", "model", "sequential", "functional", *map(_snake, classes)}
-    parts = (re.sub(r"(_\d+)?(:\d+)?$", "", part) for part in name.split("/"))
-    return not any(part.lower() in usual for part in parts)
-
-
-def _snake(name: str) -> str:
-    """What Keras calls a layer of a class."""
-    name = re.sub(r"\W+", "", name)
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # What TensorFlow and Keras call a variable, or a model, that is given no name.
 _USUAL = {"variable", "sequential", "functional", "model", "seed_generator_state"}
 
 
-def is_made_up(name: str) -> bool:
+def is_made_up(name: str, layers: Iterable[str] = ()) -> bool:
     """Whether a part of a path was made up by Keras or TensorFlow: `Variable:0`, `dense_3/kernel`.
 
     They number what has no name, in a process from 0 on, so that it may have another name the next
     time. A layer's is that of its class.
+
+    Args:
+        name: of a variable.
+        layers: classes of layers beside those of the libraries that are imported.
     """
-    classes = _USUAL | set(_names_of_layers())
+    classes = _USUAL | set(_names_of_layers()) | set(map(_snake, layers))
     parts = (re.sub(r"(_\d+)?(:\d+)?$", "", part) for part in name.split("/"))
     return any(part.lower() in classes or part in classes for part in parts)
 
