@@ -58,7 +58,7 @@ def _is_hdf5(path: Path) -> bool:
 
 def _is_tensorflow(path: Path) -> bool:
     """A path is the prefix of a checkpoint's files, or a folder that says which is its newest."""
-    return path.with_name(path.name + ".index").is_file() or (
+    return Path(f"{path}.index").is_file() or (
         path.is_dir() and _starts_with(path / "checkpoint", b"model_checkpoint_path")
     )
 

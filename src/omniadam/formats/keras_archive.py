@@ -43,7 +43,7 @@ def write_into(given: Snapshot, path: Path, key: str | None, by: str) -> None:
     """Replace the state in a file: see `formats.write_into`."""
     file = open(path, "rb")  # noqa: SIM115 - of the source
     whole = Source(file)
-    with reading(path):
+    with reading(path, "written into"):
         archive = _Archive(whole, file)
         held = archive.held(key, given.settings)
         patches = list(patches_of(keras_state.changes(held, given, by)))

@@ -44,7 +44,7 @@ def read(path: Path, key: str | None, settings: Mapping[str, Any] | None) -> Sna
 def write_into(given: Snapshot, path: Path, key: str | None, by: str) -> None:
     """Replace the state in a file: see `formats.write_into`."""
     source = Source.open(path)
-    with reading(path):
+    with reading(path, "written into"):
         look = _look(File(source), key, given.settings)
         patches = list(patches_of(keras_state.changes(look.held, given, by)))
         if look.config is not None:
@@ -228,7 +228,7 @@ def _classes(file: File, root: Mapping[str, Any]) -> set[str]:
 
 def _name(momentum: str, velocity: str, weights: Sequence[str]) -> str | None:
     """The name of a variable, by those of its slots; None if they do not tell."""
-    found = _of_tf_keras(momentum, velocity)
+    found = of_tf_keras(momentum, velocity)
     if found is not None:
         return found
     # Keras's: `adam/dense_kernel_momentum`, with the slashes of the path gone.
@@ -237,7 +237,7 @@ def _name(momentum: str, velocity: str, weights: Sequence[str]) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _of_tf_keras(momentum: str, velocity: str) -> str | None:
+def of_tf_keras(momentum: str, velocity: str) -> str | None:
     """`Adam/m/dense/kernel:0` and `Adam/v/dense/kernel:0`."""
     pairs = list(zip(momentum.split("/"), velocity.split("/"), strict=False))
     different = [i for i, (one, other) in enumerate(pairs) if one != other]
@@ -269,7 +269,7 @@ def _of_legacy(
             raise ValueError(f"of '{base}' it has {list(slots)}, and its Adam keeps {kept}")
         name = base.removeprefix(f"{scope}/")
         variables.append(keras_state.variable(name, not is_made_up(name, classes), slots))
-    return Held(known, arrays[0], None, tuple(variables))
+    return Held(known, arrays[0], {}, tuple(variables))
 
 
 def _settings(look: _Look, config: Part, given: Snapshot) -> list[Patch]:

@@ -60,7 +60,8 @@ class Held(NamedTuple):
 
     known: Known
     iteration: Stored
-    rate: Stored | None
+    # Settings that are kept as arrays, the learning rate above all.
+    numbers: Mapping[str, Stored]
     variables: tuple[tuple[Variable, Mapping[str, Stored]], ...]
     # Of each extension, its count.
     counts: tuple[Stored, ...] = ()
@@ -196,7 +197,7 @@ def ordered(
     return Held(
         known,
         stored[0],
-        stored[1] if order.has_rate else None,
+        {"learning_rate": stored[1]} if order.has_rate else {},
         tuple(variables),
         tuple(stored[k] for k in order.counts),
     )
@@ -318,11 +319,11 @@ def snapshot(held: Held, path: Path, origin: Mapping[str, str]) -> Snapshot:
     """
     tensors = {ITERATION: Tensor.of(_count(held.iteration))}
     settings = dict(held.known.settings)
-    if held.rate is not None:
-        rate = float(held.rate.read())
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"its learning rate is {rate}")
-        settings["learning_rate"] = rate
+    for name, stored in held.numbers.items():
+        number = float(stored.read())
+        if not (stored.shape == () and math.isfinite(number) and number >= 0):
+            raise ValueError(f"its {name.replace('_', ' ')} is {number}")
+        settings[name] = number
     if held.known.generation == KERAS and not held.known.is_complete:
         words = {word for _, slots in held.variables for word in slots}
         if held.variables:
@@ -384,16 +385,16 @@ def changes(held: Held, given: Snapshot, by: str) -> list[Change]:
     for number, count in enumerate(held.counts, 1):
         name = f"extension.{number}"
         found.append(_counted(count, given.tensors.get(name), name))
-    rate = given.settings.get("learning_rate")
-    if held.rate is not None:
-        if isinstance(rate, Mapping):
+    for name, stored in held.numbers.items():
+        wanted = given.settings.get(name)
+        if isinstance(wanted, Mapping):
             raise ValueError(
                 "the learning rate of the state is a schedule, and that in the file is a number: "
                 "make the file of a model that was compiled with the schedule"
             )
-        if rate is not None:
-            # Keras keeps it in this type, and so do we.
-            found.append(Change(held.rate, lambda: np.array(rate, held.rate.dtype)))  # type: ignore[union-attr]
+        if wanted is not None:
+            number = np.array(wanted, stored.dtype)  # Keras keeps it in this type
+            found.append(Change(stored, lambda number=number: number))  # type: ignore[misc]
     wrong: list[str] = []
     for theirs, slots, ours in _pairs(held, given, by):
         for word in dict.fromkeys((*slots, *ours.slots)):
@@ -401,13 +402,13 @@ def changes(held: Held, given: Snapshot, by: str) -> list[Change]:
                 where = "file" if word in slots else "state"
                 wrong.append(f"{word} of '{theirs.name}' is only in the {where}")
                 continue
-            value = given.tensors[ours.slots[word]]
-            if value.shape != slots[word].shape or not _fits(value.dtype, slots[word].dtype):
+            kept, new = slots[word], given.tensors[ours.slots[word]]
+            if new.shape != kept.shape or not _fits(new.dtype, kept.dtype):
                 wrong.append(
-                    f"{word} of '{theirs.name}' is {slots[word].dtype} {slots[word].shape} in the "
-                    f"file, {value.dtype} {value.shape} in the state"
+                    f"{word} of '{theirs.name}' is {kept.dtype} {kept.shape} in the file, "
+                    f"{new.dtype} {new.shape} in the state"
                 )
-            found.append(Change(slots[word], _as(value, slots[word].dtype)))
+            found.append(Change(kept, _as(new, kept.dtype)))
         if theirs.extension != ours.extension:
             wrong.append(f"'{theirs.name}' came with another extension")
     if wrong:

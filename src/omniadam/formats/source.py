@@ -97,7 +97,7 @@ def patched(source: Source, patches: Iterable[Patch]) -> Iterator[bytes]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, done: str = "read") -> Iterator[None]:
     """Around whatever looks at what is in a file: errors name it, and are ValueErrors."""
     try:
         yield
@@ -116,7 +116,7 @@ def reading(path: Path) -> Iterator[None]:
         zlib.error,
     ) as error:
         why = str(error) if type(error) is ValueError else f"it is damaged ({error!r})"
-        raise ValueError(f"'{path}' cannot be read: {why.rstrip('.')}.") from error
+        raise ValueError(f"'{path}' cannot be {done}: {why.rstrip('.')}.") from error
 
 
 def tensor(path: Path, shape: tuple[int, ...], dtype: str, read: Callable[[], Array]) -> Tensor:

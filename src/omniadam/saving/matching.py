@@ -178,7 +178,11 @@ _STRUCTURE = {
 def meaning(snapshot: Snapshot) -> Mapping[str, Any]:
     """The settings that decide what its state means; none where settings are not known."""
     if snapshot.generation == snapshots.KERAS and snapshot.settings:
-        return {name: snapshot.settings.get(name, usual) for name, usual in _STRUCTURE.items()}
+        return {
+            name: snapshot.settings.get(name, usual)
+            for name, usual in _STRUCTURE.items()
+            if snapshot.is_complete or name in snapshot.settings
+        }
     if snapshot.generation == snapshots.OPTIMIZER_V2 and snapshot.settings:
         return {"amsgrad": snapshot.settings.get("amsgrad", False)}
     return {}

@@ -22,8 +22,10 @@ def is_made_up(name: str, layers: Iterable[str] = ()) -> bool:
         layers: classes of layers beside those of the libraries that are imported.
     """
     classes = _USUAL | set(_names_of_layers()) | set(map(_snake, layers))
-    parts = (re.sub(r"(_\d+)?(:\d+)?$", "", part) for part in name.split("/"))
-    return any(part.lower() in classes or part in classes for part in parts)
+    *above, last = (re.sub(r"(_\d+)?(:\d+)?$", "", part).lower() for part in name.split("/"))
+    # The last part of a path is what a layer calls its variable, such as "bias", though there be a
+    # layer of that name, too.
+    return not classes.isdisjoint(above) or last in (_USUAL if above else classes)
 
 
 def _names_of_layers() -> Iterator[str]:
