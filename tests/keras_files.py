@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,7 @@ def loaded(path: Path, ending: str, library: Any, make: Callable[[], Any]) -> An
         load = (library.saving if library is keras else library.models).load_model
         return load(path)
     model = model_of(library, make())
-    if library is keras:
-        model.optimizer.build(model.trainable_variables)
-    elif hasattr(model.optimizer, "build"):
+    if library is keras or hasattr(model.optimizer, "build"):
         model.optimizer.build(model.trainable_variables)
     if ending == "":
         done = tf.train.Checkpoint(model=model, optimizer=model.optimizer).restore(str(path))
@@ -274,7 +273,7 @@ def test_read_and_continued(name: str, tmp_path: Path) -> None:
         else:
             said = {k: settings.get(k) for k in given.settings}
             assert dict(given.settings) == pytest.approx(said)
-        optimizer, ours = continued(given, since, None if is_whole else settings)
+        _, ours = continued(given, since, None if is_whole else settings)
         check_oracle(given, since, ours, settings)
         check_alike(ours, values(model), since)
         if not is_whole:
@@ -418,3 +417,365 @@ def test_written_into_and_continued(name: str, tmp_path: Path) -> None:
         assert int(model.optimizer.iterations) == int(optimizer.iterations)
         check_alike(variables, values(model), since)
         assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith(".")) == []
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    model = trained(keras, keras.optimizers.Adam(0.02), BEFORE[:2])
+    archive, weights = (write(model, tmp_path, ending) for ending in (".keras", ".weights.h5"))
+    checkpoint = write(model, tmp_path, "")
+    files = [each for each in tmp_path.iterdir() if each.is_file()]
+    before = {each: each.read_bytes() for each in files}
+    _, _, given = ours("", {"learning_rate": 0.01})
+    first = given.variables[0]
+
+    def refused(state: Snapshot, match: str, path: Path = archive, by: str = "position") -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            formats.write_into(state, path, by=by)
+        assert str(path) in str(caught.value)
+        assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+    for path in (archive, weights, checkpoint):
+        refused(ours("", EVERYTHING)[2], "velocity_hat of '.*' is only in the state|no order", path)
+        refused(replace(given, variables=given.variables[1:]), "4 variables, .* of 3", path)
+        swapped = replace(given, variables=(given.variables[1], first, *given.variables[2:]))
+        refused(swapped, r"momentum of '.*' is float32 \(3, 4\) in the file, float32 \(4,\)", path)
+        refused(ours("tensorflow 2.0", OLD)[2], "an Adam of tensorflow 2.0|no order", path)
+        wide = {
+            k: Tensor.of(t.read().astype("f8")) if t.shape else t for k, t in given.tensors.items()
+        }
+        refused(replace(given, tensors=wide), "float64", path)
+    schedule = {"class_name": "CosineDecay", "config": SCHEDULE}
+    refused(replace(given, settings=dict(given.settings) | {"learning_rate": schedule}), "schedule")
+    refused(given, "'position'. Received: 'order'", by="order")
+    other = first._replace(name="c/kernel")
+    refused(replace(given, variables=(other, *given.variables[1:])), "c/kernel", checkpoint, "name")
+    with pytest.raises(ValueError, match="is made for a name"):
+        formats.write(given, tmp_path / "new.keras")
+
+
+def test_a_checkpoint_has_the_new_files_when_its_index_is_renamed(tmp_path: Path) -> None:
+    path = write(trained(keras, keras.optimizers.Adam(0.02), BEFORE[:2]), tmp_path, "")
+    _, _, given = ours("", {"learning_rate": 0.01})
+    seen = set()
+    for _ in range(3):
+        old = set(tmp_path.iterdir())
+        formats.write_into(given, path)
+        new = set(tmp_path.iterdir())
+        assert old & new == {path.with_name("file.index")}
+        seen.add(frozenset(new))
+    assert len(seen) > 1
+
+
+# --- what was altered ---
+
+
+def read_all(path: Path, **options: Any) -> dict[str, bytes]:
+    found = formats.read(path, **options)
+    return {name: tensor.read().tobytes() for name, tensor in found.tensors.items()} | {
+        "settings": json.dumps(dict(found.settings)).encode()
+    }
+
+
+def refused(path: Path, match: str = "", **options: Any) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        read_all(path, **options)
+    assert str(path) in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    found = {}
+    for library in (keras, tf_keras):
+        model = trained(library, library.optimizers.Adam(0.02, amsgrad=True), BEFORE[:3])
+        for ending in (".keras", ".h5", ".weights.h5", ""):
+            place = folder / f"of {library.__name__}{ending}"
+            place.mkdir()
+            found[f"{library.__name__}{ending}"] = write(model, place, ending)
+    return found
+
+
+def test_cut_off_anywhere(files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("keras.keras", "keras.weights.h5", "tf_keras.h5", "keras"):
+        path = tmp_path / files[name].name
+        for old in files[name].parent.iterdir():
+            shutil.copy(old, tmp_path)
+        cut = [path] if path.is_file() else [*tmp_path.glob("file.*-of-*"), Path(f"{path}.index")]
+        for each in cut:
+            whole = each.read_bytes()
+            lengths = {*range(0, len(whole), max(1, len(whole) // 40)), 7, len(whole) - 1}
+            for length in lengths:
+                each.write_bytes(whole[:length])
+                refused(path)
+            each.write_bytes(whole)
+        assert read_all(path) == read_all(files[name])
+        for each in tmp_path.iterdir():
+            each.unlink()
+
+
+def damaged(content: bytes, random: random.Random, begin: int, end: int) -> bytes:
+    new = bytearray(content)
+    for _ in range(random.choice((1, 1, 1, 2, 5))):
+        i = random.randrange(begin, end)
+        new[i] = random.choice((new[i] ^ (1 << random.randrange(8)), random.randrange(256), 0, 255))
+    return bytes(new)
+
+
+VARIANTS = int(os.environ.get("OMNIADAM_VARIANTS", "200"))
+
+
+@pytest.mark.parametrize("name", ["keras.keras", "keras.weights.h5", "tf_keras.h5", "keras.h5"])
+def test_altered_bytes(files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """An error that names the file, or what was read before. Only the bytes of an array, and the
+    text of settings, can be others without a sum; a .keras has sums.
+    """
+    path = tmp_path / files[name].name
+    whole, state = files[name].read_bytes(), read_all(files[name])
+    # The bytes of arrays and of text, which HDF5 has no sums for.
+    free = [] if name == "keras.keras" else list(unprotected(files[name]))
+    chance, errors = random.Random(name), 0
+    for _ in range(VARIANTS):
+        altered = damaged(whole, chance, 0, len(whole))
+        if any(altered[a:b] != whole[a:b] for a, b in free):
+            continue
+        path.write_bytes(altered)
+        try:
+            found = read_all(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            errors += 1
+        else:
+            assert found == state, [i for i in range(len(whole)) if whole[i] != altered[i]]
+    assert errors > VARIANTS / 50
+
+
+def unprotected(path: Path) -> Iterator[tuple[int, int]]:
+    with h5py.File(path) as file:
+        found: list[Any] = []
+        file.visititems(lambda name, each: found.append(each))
+        for each in found:
+            if isinstance(each, h5py.Dataset):
+                begin = each.id.get_offset()
+                yield begin, begin + each.nbytes
+    content = path.read_bytes()
+    for key in (b'{"loss"', b'{"class_name"'):
+        begin = content.find(key)
+        if begin >= 0:
+            yield begin, content.find(b"\0", begin)
+
+
+def test_altered_checkpoints(files: dict[str, Path], tmp_path: Path) -> None:
+    for old in files["keras"].parent.iterdir():
+        shutil.copy(old, tmp_path)
+    path, state, chance, errors = tmp_path / "file", read_all(files["keras"]), random.Random(1), 0
+    for each in tmp_path.iterdir():
+        whole = each.read_bytes()
+        for _ in range(VARIANTS // 10):
+            each.write_bytes(damaged(whole, chance, 0, len(whole)))
+            try:
+                assert read_all(path) == state
+            except ValueError as error:
+                assert str(path) in str(error)
+                errors += 1
+        each.write_bytes(whole)
+    assert errors > 10
+
+
+def edited(old: Path, new: Path, edit: Callable[[Any], object]) -> Path:
+    shutil.copy(old, new)
+    with h5py.File(new, "r+") as file:
+        edit(file)
+    return new
+
+
+def put(name: str, value: Any, **options: Any) -> Callable[[Any], object]:
+    def edit(file: Any) -> None:
+        del file[name]
+        file.create_dataset(name, data=value, **options)
+
+    return edit
+
+
+def linked(name: str, link: Any) -> Callable[[Any], object]:
+    def edit(file: Any) -> None:
+        del file[name]
+        file[name] = link
+
+    return edit
+
+
+def virtual(file: Any) -> None:
+    layout = h5py.VirtualLayout((3, 4), "f4")
+    layout[:] = h5py.VirtualSource("other.h5", "x", (3, 4))
+    del file[M0]
+    file.create_virtual_dataset(M0, layout)
+
+
+def outside(file: Any) -> None:
+    del file[M0]
+    file.create_dataset(M0, (3, 4), "f4", external=[("other.bin", 0, 48)])
+
+
+def config(change: Callable[[Any], object]) -> Callable[[Any], object]:
+    def edit(file: Any) -> None:
+        says = json.loads(file.attrs["training_config"])
+        file.attrs["training_config"] = json.dumps(change(says["optimizer_config"]) or says)
+
+    return edit
+
+
+V = "optimizer/vars"
+M0 = f"{V}/2"
+Z = np.zeros((3, 4), np.float32)
+WEIGHTS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "external link": (linked(M0, h5py.ExternalLink("other.h5", "x")), "links are not followed"),
+    "link": (linked(M0, h5py.SoftLink("/layers/dense/vars/0")), "links are not followed"),
+    "linked group": (linked("optimizer", h5py.ExternalLink("o.h5", "x")), "links are not followed"),
+    "virtual": (virtual, "stored as it is"),
+    "outside": (outside, "in another file"),
+    "in pieces": (put(M0, Z, chunks=(3, 2)), "h5repack"),
+    "compressed": (put(M0, np.zeros((1 << 22,), "f4"), compression="gzip"), "compressed"),
+    "integers": (put(M0, Z.astype("i4")), "no order that an Adam's"),
+    "complex": (put(M0, Z.astype("c8")), "floats or integers"),
+    "text": (put(M0, "x"), "floats or integers"),
+    "shape": (put(M0, Z[:2]), "no order that an Adam's"),
+    "too few": (lambda file: file.pop(f"{V}/13"), "no order that an Adam's"),
+    "a gap": (lambda file: file.pop(M0), "arrays 0, 1"),
+    "a count that is none": (put(f"{V}/0", 1.5), "no count of steps"),
+    "a negative count": (put(f"{V}/0", np.int64(-1)), "whole number >= 0"),
+    "a rate that is none": (put(f"{V}/1", np.float32("nan")), "learning rate is nan"),
+    "a negative rate": (put(f"{V}/1", np.float32(-1)), "learning rate is -1"),
+    "two orders of bytes": (put(M0, Z.astype(">f4")), "two orders of bytes"),
+    "no optimizer": (lambda file: file.pop("optimizer"), "no optimizer's state"),
+}
+CONFIGS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "another class": (lambda o: o.update(class_name="SGD"), "'SGD', and only Adam"),
+    "a user's class": (lambda o: o.update(class_name="mine>Adam"), "'mine>Adam', and only"),
+    "beta": (lambda o: o["config"].update(beta_1=2.0), "beta_1"),
+    "not a number": (lambda o: o["config"].update(epsilon="x"), "epsilon"),
+    "other slots": (lambda o: o["config"].update(amsgrad=False), "no order that an Adam's"),
+    "unknown": (lambda o: o["config"].update(new=1), "new"),
+    "older": (lambda o: o["config"].update(lr=1.0), "before TensorFlow 2"),
+    "no mapping": (lambda o: [1], "no mapping"),
+    "nested": (lambda o: {"optimizer_config": nested(200)}, "does not say|damaged"),
+}
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else []
+
+
+def test_hostile_hdf5(files: dict[str, Path], tmp_path: Path) -> None:
+    old = files["keras.weights.h5"]
+    for edit, match in WEIGHTS.values():
+        refused(edited(old, tmp_path / "w.weights.h5", edit), match)
+    old = files["tf_keras.h5"]
+    for name, (change, match) in CONFIGS.items():
+        refused(edited(old, tmp_path / f"{name}.h5", config(change)), match)
+
+    def crossed(file: Any) -> None:
+        names = [*file["optimizer_weights"].attrs["weight_names"]]
+        names[1], names[2] = names[2], names[1]
+        file["optimizer_weights"].attrs["weight_names"] = names
+
+    refused(edited(old, tmp_path / "crossed.h5", crossed), "not of one variable")
+    deep = tmp_path / "deep.h5"
+    edited(old, deep, lambda file: file.attrs.update(training_config="[" * 60_000))
+    refused(deep)
+
+
+def test_hostile_archives(files: dict[str, Path], tmp_path: Path) -> None:
+    old, path = files["keras.keras"], tmp_path / "new.keras"
+    with zipfile.ZipFile(old) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+
+    def written(**changed: Any) -> Path:
+        with zipfile.ZipFile(path, "w") as new:
+            for name, content in parts.items():
+                new.writestr(name, *changed.get(name.partition(".")[0], (content,)))
+        return path
+
+    state = read_all(old)
+    assert read_all(written(model=(parts["model.weights.h5"], zipfile.ZIP_DEFLATED))) == state
+    bomb = (b" " * (1 << 27), zipfile.ZIP_DEFLATED)
+    refused(written(model=bomb), "says that it has 134217728 bytes")
+    refused(written(config=bomb), "says that it has 134217728 bytes")
+    refused(written(model=(b"\x89HDF\r\n\x1a\n" + bytes(200),)), "form that Keras does not write")
+    refused(written(config=(b"[]",)), "no mapping")
+    refused(written(config=(b"{}",)), "holds no optimizer")
+    # The size that is declared is not that which is there.
+    written(model=bomb)
+    content = bytearray(path.read_bytes())
+    for magic, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        place = content.index(b"model.weights.h5", content.index(magic) if at == 24 else 0)
+        struct.pack_into("<I", content, place - (30 - at if at == 22 else 46 - at), 1 << 20)
+    path.write_bytes(content)
+    refused(path)
+    with zipfile.ZipFile(path := tmp_path / "twice.keras", "w") as new, pytest.warns(UserWarning):
+        for name in ("config.json", *parts):
+            new.writestr(name, parts[name])
+    refused(path, "must have one 'config.json'")
+
+
+def test_hostile_checkpoints(tmp_path: Path) -> None:
+    one, two = (trained(keras, keras.optimizers.Adam(r), BEFORE[:2]) for r in (0.1, 0.2))
+    path = tmp_path / "both"
+    tf.train.Checkpoint(gen=one, dis=two).write(str(path))
+    refused(path, "Received: 'gen/optimizer', 'dis/optimizer'|'dis/optimizer', 'gen/optimizer'")
+    refused(path, "no Adam under 'gen'", key="gen")
+    assert formats.read(path, key="dis.optimizer").settings["learning_rate"] == pytest.approx(0.2)
+    graph = tf.Graph()
+    with graph.as_default(), tf.compat.v1.Session() as session:
+        variable = tf.compat.v1.get_variable("w", (2,))
+        session.run(variable.initializer)
+        tf.compat.v1.train.Saver().save(session, str(tmp_path / "names"))
+    refused(tmp_path / "names", "of names and not of objects")
+    tf.train.Checkpoint(v=tf.Variable(1.0)).write(str(tmp_path / "none"))
+    refused(tmp_path / "none", "Received: none")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "checkpoint").write_text('model_checkpoint_path: "../both"\n')
+    refused(folder, "not in it")
+    tf.train.Checkpoint(model=one).save(str(folder / "ck"))
+    assert formats.read(folder).settings["learning_rate"] == pytest.approx(0.1)
+
+
+def test_what_a_file_of_weights_does_not_tell(files: dict[str, Path], tmp_path: Path) -> None:
+    path = write(trained(keras, keras.optimizers.Adam(use_ema=True)), tmp_path, ".weights.h5")
+    refused(path, "gradient_accumulator, momentum.*, or .*average, momentum")
+    settings = keras.optimizers.Adam(use_ema=True).get_config()
+    assert "average" in formats.read(path, settings=settings).variables[0].slots
+    with pytest.raises(FileNotFoundError):
+        formats.read(tmp_path / "none.keras")
+    (tmp_path / "text.keras").write_text("nothing")
+    refused(tmp_path / "text.keras", "It is none")
+
+
+def test_every_version_of_hdf5(tmp_path: Path) -> None:
+    """What is read is what HDF5's own library reads, however the file is made."""
+    for version in ("earliest", "v108", "v110", "v112", "v114", "latest"):
+        for count, order in ((3, True), (30, False), (600, True))[: 2 + (version == "v108")]:
+            path = tmp_path / f"{version}{count}.h5"
+            with h5py.File(path, "w", libver=version, track_order=order) as file:
+                group = file.create_group("a/b")
+                for i in range(count):
+                    group[str(i)] = np.asarray(
+                        RNG.normal(size=(2,) * (i % 3)), ("f4", ">f8")[i % 2]
+                    )
+                for i in range(12):  # more than fit beside one another in a header
+                    group.attrs[f"n{i}"] = ["x" * j for j in range(i + 1)]
+                group.attrs["fixed"] = np.array([b"ab", b"cde"])
+            with reading(path):
+                ours = hdf5.File(Source.open(path))
+                ours.check_places()
+            address = ours.find("a/b")
+            with h5py.File(path) as file:
+                group = file["a/b"]
+                assert set(ours.children(address)) == set(group)
+                for name in group:
+                    value = ours.array(ours.dataset(ours.find(name, address)))
+                    assert value.tobytes() == group[name][()].astype(value.dtype).tobytes()
+                for name, mark in ours.attributes(address).items():
+                    texts = [part.content.decode() for part in ours.texts(mark)[1]]
+                    given = group.attrs[name].tolist()
+                    assert texts == [t.decode() if isinstance(t, bytes) else t for t in given]

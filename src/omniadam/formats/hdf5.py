@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +110,7 @@ class File:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._cost = 0
+        self._looks: list[tuple[int, int]] = []  # where, and up to where
         self._texts: dict[int, dict[int, Part]] = {}
         self._groups: dict[int, dict[str, int | None]] = {}
         head = Bytes(self._look(0, min(96, source.size)))
@@ -137,6 +139,7 @@ class File:
         self._cost += count + _LOOK
         if self._cost > _ALLOWED:
             raise ValueError("its parts lead in circles, or are too many")
+        self._looks.append((place, place + count))
         return self.source.at(place, count)
 
     # --- objects ---
@@ -368,6 +371,36 @@ class File:
         return address
 
     # --- arrays ---
+
+    def check_places(self) -> None:
+        """Raise ValueError if an array is where another one is, or what describes the file.
+
+        Files have no sums: this is how most altered places of arrays are noticed.
+        """
+        arrays, seen, rest = [], set(), [self.root]
+        while rest:
+            address = rest.pop()
+            if address in seen:
+                continue
+            seen.add(address)
+            kinds = {each.kind for each in self.messages(address)}
+            if _LAYOUT not in kinds:
+                rest += [each for each in self.children(address).values() if each is not None]
+                continue
+            with suppress(ValueError):  # of a kind that is none of an optimizer's
+                found = self.dataset(address)
+                if found.nbytes:
+                    arrays.append((found.place, found.place + found.nbytes))
+        places = [(*place, True) for place in arrays]
+        places += [(*look, False) for look in set(self._looks)]
+        end_of_array = end_of_look = 0
+        for begin, end, is_array in sorted(places):
+            if begin < end_of_array or (is_array and begin < end_of_look):
+                raise ValueError("two of its parts are in one place")
+            if is_array:
+                end_of_array = end
+            else:
+                end_of_look = max(end_of_look, end)
 
     def dataset(self, address: int) -> Dataset:
         """An array."""

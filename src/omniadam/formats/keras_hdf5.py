@@ -60,6 +60,7 @@ def _put(file: Any, blocks: Iterator[bytes]) -> None:
 
 
 def _look(file: File, key: str | None, settings: Mapping[str, Any] | None) -> _Look:
+    file.check_places()
     children = file.children(file.root)
     if "model_weights" in children or "optimizer_weights" in children:
         if key not in (None, "optimizer"):
@@ -110,17 +111,14 @@ def _numbered(file: File, path: str) -> list[Stored]:
     children = file.children(file.find(path))
     if set(children) != {str(i) for i in range(len(children))}:
         raise ValueError(f"in '{path}' must be arrays 0, 1, ... Received: {sorted(children)[:12]}")
-    return stored(file, [file.find(f"{path}/{i}") for i in range(len(children))])
+    return _stored(file, [file.find(f"{path}/{i}") for i in range(len(children))])
 
 
-def stored(file: File, addresses: Sequence[int]) -> list[Stored]:
-    """Arrays of a file, which must not overlap: one of them would be another's."""
+def _stored(file: File, addresses: Sequence[int]) -> list[Stored]:
+    """Arrays of a file."""
     found = [file.dataset(address) for address in addresses]
-    end = 0
-    for each in sorted((each for each in found if each.nbytes), key=lambda each: each.place):
-        if each.place < end:
-            raise ValueError("two of its arrays are in one place")
-        end = each.place + each.nbytes
+    if len({each.stored.byteorder == ">" for each in found if each.stored.itemsize > 1}) > 1:
+        raise ValueError("its arrays are in two orders of bytes, of which a machine has one")
     return [
         Stored(each.shape, each.dtype, lambda each=each: file.array(each), (each,))  # type: ignore[misc]
         for each in found
@@ -161,7 +159,7 @@ def _whole_model(file: File, children: Mapping[str, int | None]) -> _Look:
     known = keras_state.of_config(says.get("optimizer_config"))
     group = file.find("optimizer_weights")
     names = [part.content.decode() for part in _names(file, group)]
-    arrays = stored(file, [file.find(name, group) for name in names])
+    arrays = _stored(file, [file.find(name, group) for name in names])
     classes = _classes(file, root)
     if known.generation == OPTIMIZER_V2:
         held = _of_legacy(known, names, arrays, classes)

@@ -174,7 +174,7 @@ def ordered(
     if not orders:
         raise ValueError(
             f"its optimizer has {len(stored)} arrays of shapes {_some(stored)}, in which there is "
-            "no order that Adam's have" + (" with its settings" if known.settings else "")
+            + f"no order that an Adam's {'with these settings ' if says else ''}have"
         )
     words = {order.words for order in orders}
     if len(orders) > 1 and (len(words) > 1 or orders[0].variables):
@@ -393,8 +393,8 @@ def changes(held: Held, given: Snapshot, by: str) -> list[Change]:
                 "make the file of a model that was compiled with the schedule"
             )
         if wanted is not None:
-            number = np.array(wanted, stored.dtype)  # Keras keeps it in this type
-            found.append(Change(stored, lambda number=number: number))  # type: ignore[misc]
+            kept = np.array(wanted, stored.dtype)  # Keras keeps it in this type
+            found.append(Change(stored, lambda kept=kept: kept))  # type: ignore[misc]
     wrong: list[str] = []
     for theirs, slots, ours in _pairs(held, given, by):
         for word in dict.fromkeys((*slots, *ours.slots)):
@@ -402,13 +402,13 @@ def changes(held: Held, given: Snapshot, by: str) -> list[Change]:
                 where = "file" if word in slots else "state"
                 wrong.append(f"{word} of '{theirs.name}' is only in the {where}")
                 continue
-            kept, new = slots[word], given.tensors[ours.slots[word]]
-            if new.shape != kept.shape or not _fits(new.dtype, kept.dtype):
+            old, new = slots[word], given.tensors[ours.slots[word]]
+            if new.shape != old.shape or not _fits(new.dtype, old.dtype):
                 wrong.append(
-                    f"{word} of '{theirs.name}' is {kept.dtype} {kept.shape} in the file, "
+                    f"{word} of '{theirs.name}' is {old.dtype} {old.shape} in the file, "
                     f"{new.dtype} {new.shape} in the state"
                 )
-            found.append(Change(kept, _as(new, kept.dtype)))
+            found.append(Change(old, _as(new, old.dtype)))
         if theirs.extension != ours.extension:
             wrong.append(f"'{theirs.name}' came with another extension")
     if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 # What TensorFlow and Keras call a variable, or a model, that is given no name.
@@ -39,6 +40,7 @@ def _names_of_layers() -> Iterator[str]:
             kinds += type.__subclasses__(kind)
 
 
+@cache  # each name is asked for the classes of all layers that there are
 def _snake(name: str) -> str:
     """As Keras makes a name of a class's."""
     name = re.sub(r"\W+", "", name)
