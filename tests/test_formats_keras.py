@@ -1,9 +1,7 @@
-"""Files of Keras, tf_keras and TensorFlow: keras_files.py, in a process with Keras on TensorFlow."""
+"""Files of Keras, tf_keras, TensorFlow: keras_files.py, in a process with Keras on TensorFlow."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +47,7 @@ NAMES = [
     "test_altered_checkpoints",
     "test_cut_off_anywhere",
     "test_every_version_of_hdf5",
+    "test_files_of_keras_need_no_library",
     "test_hostile_archives",
     "test_hostile_checkpoints",
     "test_hostile_hdf5",
@@ -72,28 +71,3 @@ def test_no_test_is_left_out() -> None:
     assert listed == {
         line[4:].partition("(")[0] for line in source.splitlines() if line.startswith("def test_")
     }
-
-
-READS = """
-import sys
-from omniadam import formats
-found = formats.read(sys.argv[1])
-assert [t.read() for t in found.tensors.values()]
-print(sorted({"h5py", "keras", "tensorflow", "tf_keras", "torch", "jax"} & set(sys.modules)))
-"""
-
-
-@pytest.mark.needs("keras")
-def test_keras_files_need_no_library(tmp_path: Path) -> None:
-    import keras
-    import numpy as np
-
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    model.compile("adam", "mse")
-    grads = [np.ones(v.shape, "float32") for v in model.trainable_variables]
-    model.optimizer.apply(grads, model.trainable_variables)
-    model.save(path := tmp_path / "model.keras")
-    done = subprocess.run(
-        [sys.executable, "-c", READS, path], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
