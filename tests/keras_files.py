@@ -31,7 +31,8 @@ from cases import assert_close
 from omniadam import formats
 from omniadam.compat import optimizer_v2
 from omniadam.fast import tensorflow as fast
-from omniadam.formats import hdf5
+from omniadam.formats import hdf5, keras_state
+from omniadam.formats.keras_state import Stored
 from omniadam.formats.source import Source, reading
 from omniadam.saving import optimizers
 from omniadam.saving.snapshot import ITERATION, Snapshot, Tensor, Variable
@@ -395,14 +396,18 @@ def test_written_into_and_continued(name: str, tmp_path: Path) -> None:
         if generation:
             before = before | {"clipnorm": 3.0}  # which is in the config only if it is set
         path = write(trained(library, make(**before), BEFORE[:2]), tmp_path, ending)
-        rest, size = contents(path), path.stat().st_size if path.is_file() else 0
+        rest, old = contents(path), path.read_bytes() if path.is_file() else b""
         is_named = ending in (".h5", ".tf", "")
         if not is_named:
             with pytest.raises(ValueError, match="no names to tell them by"):
                 formats.write_into(given, path)
         formats.write_into(given, path, by="name" if is_named else "position")
         assert contents(path) == rest
-        assert ending != ".h5" or path.stat().st_size == size
+        if ending.endswith(".h5"):
+            kept = np.frombuffer(path.read_bytes(), np.uint8) == np.frombuffer(old, np.uint8)
+            for begin, end in unprotected(path, "optimizer"):
+                kept[begin:end] = True
+            assert kept.all()
         again = formats.read(path, settings=given.settings)
         pairs = zip(by_name(again), by_name(given), strict=True)
         for theirs, mine in pairs:
@@ -466,6 +471,29 @@ def test_a_checkpoint_has_the_new_files_when_its_index_is_renamed(tmp_path: Path
         assert old & new == {path.with_name("file.index")}
         seen.add(frozenset(new))
     assert len(seen) > 1
+
+
+def test_a_checkpoint_that_cannot_be_replaced_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(trained(keras, keras.optimizers.Adam(0.02), BEFORE[:2]), tmp_path, "")
+    before = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    _, _, given = ours("", {"learning_rate": 0.01})
+    whole = os.replace
+
+    def fails(old: Any, new: Any) -> None:
+        if str(new).endswith(".index"):
+            raise OSError("no room")
+        whole(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(os, "replace", fails)
+        formats.write_into(given, path)
+    assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
+    (tmp_path / ".file.partial").mkdir()  # of a process that was killed
+    formats.write_into(given, path)
+    assert formats.read(path).settings["learning_rate"] == pytest.approx(0.01)
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- what was altered ---
@@ -551,16 +579,17 @@ def test_altered_bytes(files: dict[str, Path], tmp_path: Path, name: str) -> Non
     assert errors > VARIANTS / 50
 
 
-def unprotected(path: Path) -> Iterator[tuple[int, int]]:
+def unprotected(path: Path, start: str = "") -> Iterator[tuple[int, int]]:
+    """Where arrays are, and the text of settings."""
     with h5py.File(path) as file:
         found: list[Any] = []
-        file.visititems(lambda name, each: found.append(each))
+        file.visititems(lambda name, each: found.append(each) if name.startswith(start) else None)
         for each in found:
             if isinstance(each, h5py.Dataset):
                 begin = each.id.get_offset()
                 yield begin, begin + each.nbytes
     content = path.read_bytes()
-    for key in (b'{"loss"', b'{"class_name"'):
+    for key in (b'{"loss"', *(() if start else (b'{"class_name"',))):
         begin = content.find(key)
         if begin >= 0:
             yield begin, content.find(b"\0", begin)
@@ -751,6 +780,34 @@ def test_what_a_file_of_weights_does_not_tell(files: dict[str, Path], tmp_path: 
         formats.read(tmp_path / "none.keras")
     (tmp_path / "text.keras").write_text("nothing")
     refused(tmp_path / "text.keras", "It is none")
+
+
+def test_variables_that_were_added_later() -> None:
+    """Base state, then of each extension its count and its state, as omniadam's configs say."""
+    shapes = [(), (), (2,), (2,), (2,), (), (3,), (4,), (3,), (3,), (4,), (4,)]
+    values = [np.full(s, i, "f4") for i, s in enumerate(shapes)]
+    values[0], values[5] = np.int64(9), np.int64(-1)
+    arrays = [Stored(v.shape, v.dtype.name, v.__array__, (i,)) for i, v in enumerate(values)]
+    settings = {"learning_rate": 0.1, "use_ema": True, "extensions": [["c/kernel", "dense/bias"]]}
+    known = keras_state.Known("omniadam.Adam", "keras 3", settings)
+    held = keras_state.ordered(arrays, known, None)
+    given = keras_state.snapshot(held, Path("file"), {})
+    assert [(v.name, v.is_named, v.extension, v.shape) for v in given.variables] == [
+        ("0", False, 0, (2,)),
+        ("c/kernel", True, 1, (3,)),
+        ("dense/bias", False, 1, (4,)),
+    ]
+    numbers = [
+        [int(given.tensors[name].read().flat[0]) for name in v.slots.values()]
+        for v in given.variables
+    ]
+    assert numbers == [[2, 3, 4], [6, 8, 9], [7, 10, 11]]
+    assert given.tensors["extension.1"].read() == -1
+    changes = keras_state.changes(held, given, "position")
+    assert sorted(each.stored.places[0] for each in changes) == list(range(12))
+    with pytest.raises(ValueError, match="lists of names"):
+        wrong = known._replace(settings={"extensions": [2]})
+        keras_state.ordered(arrays, wrong, None)
 
 
 READS = """

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..saving.names import is_made_up
 from ..saving.snapshot import ITERATION, KERAS, OPTIMIZER_V2, Snapshot, Tensor, Variable
 from .source import Array, tensor
 
@@ -186,9 +187,14 @@ def ordered(
             + ". Pass the settings of the optimizer, or use a .keras file, which holds them"
         )
     order = orders[0]
+    later = iter([name for part in _extensions(says) for name in part])
     variables = []
     for i, (extension, slots) in enumerate(order.variables):
-        found = names(slots) or (str(i), False)
+        if extension:
+            name = next(later)
+            found = name, not is_made_up(name)
+        else:
+            found = names(slots) or (str(i), False)
         variables.append(_variable(*found, {w: stored[k] for w, k in slots.items()}, extension))
     if len({variable.name for variable, _ in variables}) < len(variables):
         variables = [
@@ -246,7 +252,7 @@ def _orders(stored: Sequence[Stored], known: Known, says: Mapping[str, Any]) -> 
     rates: tuple[bool, ...] = (False, True)
     if known.is_complete:
         rates = (not known.is_tf_keras and not isinstance(says.get("learning_rate"), dict),)
-    later = _extensions(says)
+    later = tuple(map(len, _extensions(says)))
     for has_rate, *kept in product(rates, *(may(word) for word in (*_BEFORE, *_AFTER))):
         words = [w for w, is_kept in zip((*_BEFORE, *_AFTER), kept, strict=True) if is_kept]
         each = 2 + len(words)
@@ -270,14 +276,13 @@ def _orders(stored: Sequence[Stored], known: Known, says: Mapping[str, Any]) -> 
             yield _Order(has_rate, tuple(variables), tuple(counts))
 
 
-def _extensions(says: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many variables came with each."""
-    found = says.get("extensions") or ()
-    if not isinstance(found, (list, tuple)) or not all(
-        isinstance(count, int) and count > 0 for count in found
-    ):
-        raise ValueError(f"its `extensions` must be numbers of variables. Received: {found!r}")
-    return tuple(found)
+def _extensions(says: Mapping[str, Any]) -> list[list[str]]:
+    """Names of the variables that came with each, as omniadam's configs have them."""
+    found = says.get("extensions") or []
+    is_list = isinstance(found, list) and all(isinstance(part, list) and part for part in found)
+    if not is_list or not all(isinstance(name, str) and name for part in found for name in part):
+        raise ValueError(f"its `extensions` must be lists of names. Received: {found!r}")
+    return list(found)
 
 
 def _slots(at: int, count: int, words: Sequence[str]) -> list[Mapping[str, int]]:
@@ -336,7 +341,7 @@ def snapshot(held: Held, path: Path, origin: Mapping[str, str]) -> Snapshot:
             "another than Keras's. Save it after its first step"
         )
     for number, count in enumerate(held.counts, 1):
-        tensors[f"extension.{number}"] = Tensor.of(_count(count))
+        tensors[f"extension.{number}"] = Tensor.of(_count(count, -1))
     for each, slots in held.variables:
         for word, stored in slots.items():
             tensors[each.slots[word]] = tensor(path, stored.shape, stored.dtype, stored.read)
@@ -351,10 +356,12 @@ def snapshot(held: Held, path: Path, origin: Mapping[str, str]) -> Snapshot:
     )
 
 
-def _count(stored: Stored) -> Array:
+def _count(stored: Stored, least: int = 0) -> Array:
     value = stored.read()
-    if not _is_count(stored) or not 0 <= int(value) < 1 << 63:
-        raise ValueError(f"its count of steps must be a whole number >= 0. Received: {value!r}")
+    if not _is_count(stored) or not least <= int(value) < 1 << 63:
+        raise ValueError(
+            f"its count of steps must be a whole number >= {least}. Received: {value!r}"
+        )
     return np.array(int(value), np.int64)
 
 
@@ -384,7 +391,7 @@ def changes(held: Held, given: Snapshot, by: str) -> list[Change]:
     found = [_counted(held.iteration, given.tensors.get(ITERATION), "count of steps")]
     for number, count in enumerate(held.counts, 1):
         name = f"extension.{number}"
-        found.append(_counted(count, given.tensors.get(name), name))
+        found.append(_counted(count, given.tensors.get(name), name, -1))
     for name, stored in held.numbers.items():
         wanted = given.settings.get(name)
         if isinstance(wanted, Mapping):
@@ -447,11 +454,11 @@ def _pairs(
     return [(*named[v.name], v) for v in ours]
 
 
-def _counted(stored: Stored, value: Tensor | None, what: str) -> Change:
+def _counted(stored: Stored, value: Tensor | None, what: str, least: int = 0) -> Change:
     if value is None:
         raise ValueError(f"the state has no {what}")
     count = int(value.read())
-    if not 0 <= count <= np.iinfo(stored.dtype).max:
+    if not least <= count <= np.iinfo(stored.dtype).max:
         raise ValueError(f"the {what} is {count}, which the file cannot hold as {stored.dtype}")
     return Change(stored, lambda: np.array(count, stored.dtype))
 
