@@ -160,8 +160,9 @@ WHOLE: dict[str, Case] = {
     if (case := combined(names))
 }
 
-# What Keras 3.15 raises on, the callables against its own documentation, and betas below one half,
-# with which it loses a small gradient beside a large old value: only the oracle compares.
+# What Keras 3.15 raises on, the callables against its own documentation; betas below one half,
+# with which it loses a small gradient beside a large old value; PyTorch's epsilon, which it has
+# not: only the oracle compares.
 BEYOND_KERAS: dict[str, Case] = {
     "callable_beta_1": Case({"beta_1": lambda: 0.8}),
     "callable_beta_2": Case({"beta_2": lambda: 0.95}),
@@ -170,6 +171,7 @@ BEYOND_KERAS: dict[str, Case] = {
     "no_memory": Case({"beta_1": 0.0, "beta_2": 0.0}),
     "short_beta_1": Case({"beta_1": 0.25}),
     "short_beta_2": Case({"beta_2": 0.375, "amsgrad": True}),
+    "algorithm_1": Case({"epsilon_hat": False, "epsilon": 0.01}),
 }
 
 # --- Variables and gradients ---------------------------------------------------------------------

@@ -19,6 +19,7 @@ from keras import ops
 from cases import CASES, SMALL_SHAPES, assert_close, combined, gradients, variables
 from omniadam import schedules
 from omniadam.keras import Adam, AdamW
+from reference import Reference
 
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
@@ -951,8 +952,51 @@ REFUSED: dict[str, list[Any]] = {
     "beta_2": [-0.5],
     "epsilon": [-1.0, lambda: "a"],
     "amsgrad": ["yes"],
+    "epsilon_hat": ["no"],
     "learning_rate": [lambda: -1.0, lambda: 1 / 0],
 }
+
+
+@on()
+def test_the_epsilon_of_pytorch() -> None:
+    """In a step, in a config, in a file; and where a user's override makes the step."""
+    settings: dict[str, Any] = {"learning_rate": 0.02, "epsilon": 0.01, "epsilon_hat": False}
+    start = variables(shapes=SMALL_SHAPES)
+
+    class Clipping(Adam):
+        def _clip_gradients(self, grads: Any) -> Any:
+            return super()._clip_gradients(grads)
+
+    for kind in (Adam, AdamW, Clipping):
+        decay = 0.5 if kind is AdamW else None
+        params, opt = made(start), kind(weight_decay=decay, **settings)
+        reference = Reference(start, weight_decay=decay, **settings)
+        for step in range(5):
+            given = gradients(step, SMALL_SHAPES)
+            opt.apply(list(map(ops.convert_to_tensor, given)), params)
+            reference.step(given)
+            if step == 1:
+                config = opt.get_config()
+                assert config["epsilon_hat"] is False
+                again = kind.from_config(config)
+                again.build(params)
+                again.set_weights([ops.convert_to_numpy(v) for v in opt.variables])
+                opt = again
+        assert_close([ops.convert_to_numpy(w) for w in params], reference)
+        with raises(ValueError, "`epsilon_hat` decides what the optimizer's state means"):
+            opt.epsilon_hat = True
+            opt.apply(list(map(ops.convert_to_tensor, given)), params)
+    assert "epsilon_hat" not in Adam().get_config() | AdamW().get_config()
+    assert Adam.from_config(Theirs().get_config()).epsilon_hat
+
+    class Assigning(Adam):
+        def assign_sub(self, variable: Any, value: Any) -> None:
+            super().assign_sub(variable, value)
+
+    w = made([np.ones(2, np.float32)])
+    with raises(ValueError, "Assigning overrides", "`epsilon_hat=False`"):
+        Assigning(epsilon_hat=False).apply([ops.ones(2)], w)
+    Assigning().apply([ops.ones(2)], w)
 
 
 @on()

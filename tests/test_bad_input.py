@@ -685,6 +685,7 @@ OPTIONS: dict[str, tuple[str, list[Any]]] = {
     ),
     "amsgrad": ("`{name}` must be True or False", [None, 2, 1.0, "yes", [True], np.ones(2)]),
     "use_ema": ("`{name}` must be True or False", [None, 2, 1.0, "yes", [True], np.ones(2)]),
+    "epsilon_hat": ("`{name}` must be True or False", [None, "no"]),
     "name": ("`{name}` must be a non-empty string", ["", 3, ["adam"]]),
 }
 BAD_OPTIONS = [(name, value) for name, (_, values) in OPTIONS.items() for value in values]
@@ -770,11 +771,14 @@ def test_two_clips(first: str, second: str) -> None:
 
 @each(
     ("name", "value", "built"),
-    [("use_ema", False, True), ("amsgrad", True, False), ("gradient_accumulation_steps", 2, None)],
+    [
+        *[("use_ema", False, True), ("amsgrad", True, False)],
+        *[("gradient_accumulation_steps", 2, None), ("epsilon_hat", False, True)],
+    ],
 )
 def test_settings_that_decide_which_state_there_is(name: str, value: Any, built: Any) -> None:
     parts = (
-        f"`{name}` decides which state the optimizer keeps, so it cannot be changed after",
+        f"`{name}` decides what the optimizer's state means, so it cannot be changed after",
         f"Received: {name}={value!r}, built with {built!r}. Create a new optimizer instead",
     )
     World("built").refuses(Case(lambda opt, w: setattr(opt, name, value), ValueError, parts))

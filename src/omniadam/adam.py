@@ -20,6 +20,9 @@ class AdamEngine(Engine):
     beta_2 = Option[float | Callable[[], float]](options.decay_rate, or_callable=True)
     epsilon = Option[float | Callable[[], float]](options.small_constant, or_callable=True)
     amsgrad = Option[bool](options.boolean, structural=True)
+    # Whether epsilon is the paper's "epsilon hat". It is in a config only where it is not, so that
+    # every other config is one of Keras's.
+    epsilon_hat = Option[bool](options.boolean, structural=True)
 
     _option_names: ClassVar[tuple[str, ...]] = (
         *Engine._option_names,
@@ -29,8 +32,6 @@ class AdamEngine(Engine):
         "amsgrad",
     )
     hyperparameters = ("beta_1", "beta_2", "epsilon")
-    # Whether epsilon is the paper's "epsilon hat"; the drop-ins for PyTorch and optax say no.
-    _epsilon_hat: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -39,11 +40,12 @@ class AdamEngine(Engine):
         beta_2: float | Callable[[], float] = 0.999,
         epsilon: float | Callable[[], float] = 1e-7,
         amsgrad: bool = False,
+        epsilon_hat: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(learning_rate, **settings)
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
-        self.amsgrad = amsgrad
+        self.amsgrad, self.epsilon_hat = amsgrad, epsilon_hat
 
     @property
     def rule(self) -> Rule:
@@ -69,7 +71,7 @@ class AdamEngine(Engine):
     ) -> AdamCoefficients:
         """`rule.adam_coefficients_by` of these numbers."""
         return adam_coefficients_by(
-            functions, learning_rate, t, *numbers, epsilon_hat=self._epsilon_hat
+            functions, learning_rate, t, *numbers, epsilon_hat=self.epsilon_hat
         )
 
 
@@ -92,8 +94,7 @@ class Adam(AdamEngine, Optimizer):
         beta_1: 0 <= number < 1, the decay rate of the momentum; or a callable without arguments,
             read at each step.
         beta_2: likewise, of the velocity.
-        epsilon: a number >= 0 or a callable; "epsilon hat" of the paper, in the formula just
-            before its Section 2.1. PyTorch and optax use the epsilon of Algorithm 1 instead.
+        epsilon: a number >= 0 or a callable; see `epsilon_hat`.
         amsgrad: whether to divide by the largest velocity so far (Reddi et al. 2018).
         weight_decay: number >= 0, or None. Decoupled: w <- w - w * weight_decay * learning_rate
             before the update.
@@ -111,6 +112,10 @@ class Adam(AdamEngine, Optimizer):
         gradient_accumulation_steps: integer >= 2, or None. Variables change on every n-th call
             only, by the mean of the gradients of n calls.
         name: name of the optimizer.
+        epsilon_hat: whether epsilon is "epsilon hat" of the paper, in the formula just before its
+            Section 2.1, as in Keras. False is its Algorithm 1, as in PyTorch and optax: epsilon
+            stands for epsilon * sqrt(1 - beta_2**t). It cannot be changed once the optimizer is
+            built.
 
     Raises:
         ValueError: if a setting is out of its range, or more than one clip is set.
@@ -146,6 +151,8 @@ class Adam(AdamEngine, Optimizer):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str = "adam",
+        *,
+        epsilon_hat: bool = True,
     ) -> None:
         super().__init__(
             learning_rate,
@@ -163,7 +170,11 @@ class Adam(AdamEngine, Optimizer):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
+            epsilon_hat=epsilon_hat,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | ({} if self.epsilon_hat else {"epsilon_hat": False})
 
 
 class AdamW(Adam):
@@ -200,6 +211,8 @@ class AdamW(Adam):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str = "adamw",
+        *,
+        epsilon_hat: bool = True,
     ) -> None:
         super().__init__(
             learning_rate,
@@ -217,6 +230,7 @@ class AdamW(Adam):
             loss_scale_factor,
             gradient_accumulation_steps,
             name,
+            epsilon_hat=epsilon_hat,
         )
         if self.weight_decay is None:
             raise ValueError("`weight_decay` of AdamW must be a number. Received: None")

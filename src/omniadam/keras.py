@@ -76,6 +76,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
             gradient_accumulation_steps, name: as in `keras.optimizers.Adam`, and checked as in
             `omniadam.Adam`.
+        epsilon_hat: as in `omniadam.Adam`: False is the epsilon of PyTorch and optax.
         **kwargs: what Keras takes beside these, as it does: `decay`, which it warns of.
 
     Raises:
@@ -112,6 +113,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
+        *,
+        epsilon_hat: bool = True,
         **kwargs: Never,  # so that a type checker finds misspelled names, as Keras does
     ) -> None:
         super().__init__(
@@ -132,6 +135,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             name=name,
             **kwargs,
         )
+        self.epsilon_hat = options.boolean("epsilon_hat", epsilon_hat)
         # Hidden from what Keras and TensorFlow track: it has no state of its own.
         object.__setattr__(self, "_engine", _KerasEngine(self))
         self._look_for_overrides()
@@ -283,6 +287,12 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             learning_rate: a number.
         """
         if self._concerns(keras.optimizers.Adam.update_step):
+            if not self.epsilon_hat:
+                raise ValueError(
+                    f"{type(self).__name__} overrides what Keras's `update_step` calls, which is "
+                    "then called, and knows no `epsilon_hat=False`. Leave that out, or override "
+                    "`update_step` itself."
+                )
             super().update_step(gradient, variable, learning_rate)
         else:
             self._engine.update_one(gradient, variable, native(learning_rate))
@@ -355,10 +365,14 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The settings, as in Keras, and what is excluded from weight decay, if anything is.
 
+        `epsilon_hat` is among them where it is False, which Keras does not know.
+
         Returns:
             A dictionary; `from_config` makes the same optimizer of it, without its state.
         """
         config: dict[str, Any] = super().get_config()
+        if not self.epsilon_hat:
+            config["epsilon_hat"] = False
         config.update(self._engine.exclusion())
         return config
 
@@ -420,6 +434,8 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
+        *,
+        epsilon_hat: bool = True,
         **kwargs: Never,
     ) -> None:
         super().__init__(
@@ -438,6 +454,7 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
+            epsilon_hat=epsilon_hat,
             **kwargs,
         )
 
@@ -463,7 +480,10 @@ class _KerasEngine(AdamEngine):
     """Adam with the settings and on the state of a Keras optimizer."""
 
     # What is read from the Keras optimizer at each step: there it is a plain attribute.
-    _read_names = tuple(name for name in AdamEngine._option_names if name != "name")
+    _read_names = (
+        *(name for name in AdamEngine._option_names if name != "name"),
+        "epsilon_hat",
+    )
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner

@@ -24,7 +24,8 @@ class Option(Generic[T]):
 
     Args:
         check: returns the value to store, or raises.
-        structural: whether it decides which slots exist, so that it cannot change once they do.
+        structural: whether it decides which slots exist or what they mean, so that it cannot
+            change once they do.
         or_callable: whether a callable without arguments will do, too; what it returns is checked
             when it is called.
     """
@@ -49,7 +50,7 @@ class Option(Generic[T]):
             value = self._check(name, value)
         if self._structural and held.get("built") and value != held[name]:
             raise ValueError(
-                f"`{name}` decides which state the optimizer keeps, so it cannot be changed after "
+                f"`{name}` decides what the optimizer's state means, so it cannot be changed after "
                 f"the optimizer was built. Received: {name}={value!r}, built with {held[name]!r}. "
                 "Create a new optimizer instead."
             )

@@ -52,7 +52,8 @@ for rate in (1e-3, 1, np.float32(0.1), np.array(0.1), decay, InverseRoot(), halv
     made(rate)
 Adam(1e-3, 0.9, 0.99, 1e-8, True, clipnorm=1.0, gradient_accumulation_steps=4, name="adam")
 Adam(beta_1=halved, epsilon=lambda: 1e-7)
-AdamW(1e-3, weight_decay=0.01)
+Adam(epsilon=1e-8, epsilon_hat=False)
+AdamW(1e-3, weight_decay=0.01, epsilon_hat=False)
 Descent(0.1, weight_decay=None, ema_overwrite_frequency=10)
 Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
 Adam(torch.tensor(0.1))
@@ -67,6 +68,7 @@ Adam(learning_rte=1e-3)  # expect: mypy, pyright
 Adam(beta_1="0.9")  # expect: mypy, pyright
 Adam(beta_1=(0.9, 0.999))  # expect: mypy, pyright
 Adam(amsgrad="yes")  # expect: mypy, pyright
+Adam(epsilon_hat="no")  # expect: mypy, pyright
 Adam(clipnorm="1.0")  # expect: mypy, pyright
 Adam(clipvalue=(-1.0, 1.0))  # expect: mypy, pyright
 Adam(global_clipnorm=halved)  # expect: mypy, pyright
@@ -168,7 +170,7 @@ text = topt.step(halved)  # expect: mypy, pyright
 kopt = omniadam.keras.Adam(1e-3, beta_1=0.9, clipnorm=1.0, name="mine")
 omniadam.keras.Adam(decay)
 omniadam.keras.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
-omniadam.keras.AdamW(1e-3, 0.01, use_ema=True)
+omniadam.keras.AdamW(1e-3, 0.01, use_ema=True, epsilon_hat=False)
 keras.Sequential([keras.layers.Dense(1)]).compile(kopt, "mse")
 assert_type(kopt.get_config(), dict[str, Any])
 

@@ -69,6 +69,7 @@ class OfTorch(Peer):
     """torch.optim.Adam as it comes, or AdamW where there is weight decay."""
 
     label, package = "torch.optim.Adam", "torch"
+    takes = Peer.takes | {"epsilon_hat"}  # its own form, which is compared with either
 
     def make(self, adam: dict[str, Any]) -> None:
         import torch
@@ -115,6 +116,7 @@ class OfOptax(Peer):
     """optax.adam, or its relatives, in a compiled function that is given its memory."""
 
     label, package = "optax.adam", "optax"
+    takes = OfTorch.takes
 
     @classmethod
     def framework_of(cls, name: str) -> type[Framework]:
@@ -176,7 +178,9 @@ class OfKeras(Peer):
         if callable(rate):
             kind = getattr(keras.optimizers.schedules, type(rate).__name__)
             rate = kind.from_config(rate.get_config())
-        self._optimizer = own = keras.optimizers.Adam(**{**adam, "learning_rate": rate})
+        settings = {**adam, "learning_rate": rate}
+        del settings["epsilon_hat"]
+        self._optimizer = own = keras.optimizers.Adam(**settings)
         own.build(self.variables)
         ways = {"jax": self._stateless, "tensorflow": self._in_a_function}
         self._apply = ways.get(library, self._eager)()

@@ -201,4 +201,6 @@ def stored_settings(arrays: Mapping[str, NDArray[Any]]) -> Settings:
     """The settings of the run that `Run.save` wrote."""
     if "format" not in arrays or arrays["format"] != FORMAT:
         raise ValueError("it was written by another version of omniadam, or by something else")
-    return Settings(**json.loads(str(arrays["settings"])))
+    settings = json.loads(str(arrays["settings"]))
+    # A setting that there was not yet is as it was.
+    return Settings(**settings | {"adam": USUAL | settings["adam"]})

@@ -22,7 +22,7 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "Step size; with --schedule, the one to start from."),
     "beta_1": (float, "Decay of the average of gradients."),
     "beta_2": (float, "Decay of the average of squared gradients."),
-    "epsilon": (float, 'Keeps the division finite: "epsilon hat" of the paper.'),
+    "epsilon": (float, "Keeps the division finite."),
     "amsgrad": (bool, "Divide by the largest average of squared gradients so far."),
     "weight_decay": (float, "Decoupled weight decay, as in AdamW."),
     "clipnorm": (float, "Clip the norm of each variable's gradient."),
@@ -33,6 +33,10 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "ema_overwrite_frequency": (int, "Set the weights to their average every so many steps."),
     "loss_scale_factor": (float, "Multiply the loss, divide the gradients."),
     "gradient_accumulation_steps": (int, "Update once for so many batches."),
+    "epsilon_hat": (
+        bool,
+        'Take epsilon for "epsilon hat" of the paper, as Keras does; PyTorch and optax do not.',
+    ),
 }
 ALL = "all"
 # Of every option that the numbers of a run depend on, unless it is given or a run is resumed.
@@ -103,7 +107,9 @@ def add_to(commands: Any) -> None:
     def add(name: str, text: str, default: str = "", **settings: Any) -> None:
         if not default:
             value = DEFAULTS[name]
-            default = "none" if value is None else "no" if value is False else str(value)
+            default = "none" if value is None else str(value)
+            if isinstance(value, bool):
+                default = "yes" if value else "no"
         parser.add_argument(
             "--" + name.replace("_", "-"), help=f"{text} Default: {default}.", **settings
         )
