@@ -171,16 +171,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "renamed": (
         lambda: two("ac"),
         {},
-        "The file lacks: momentum of 'c', velocity of 'c', step of 'c'. The optimizer has no: "
-        "momentum of 'b', velocity of 'b', step of 'b'",
+        "The file lacks: 'c'. The optimizer has no: 'b'.",
     ),
-    "missing": (lambda: two("a", ((3,),)), {}, "The optimizer has no: momentum of 'b'"),
+    "missing": (lambda: two("a", ((3,),)), {}, "The optimizer has no: 'b'."),
     "extra": (
         lambda: two("abc", ((3,), (2,), ())),
         {},
-        "The file lacks: momentum of 'c', velocity of 'c', step of 'c'.",
+        "The file lacks: 'c'.",
     ),
-    "untrained": (lambda: Adam([("a", torch.zeros(3))]), {}, "momentum of 'b'"),
+    "untrained": (lambda: Adam([("a", torch.zeros(3))]), {}, "The optimizer has no: 'b'."),
     "shape": (
         lambda: two(shapes=((3,), (4,))),
         {},
@@ -254,7 +253,7 @@ def test_what_fits_is_loaded_where_that_is_asked_for(path: str) -> None:
     new = other.param_groups[0]["params"]
     held = {p: {k: v.clone() for k, v in other.state[p].items()} for p in new}
     left = omniadam.load(path, other, strict=False)
-    assert left.missing == ("momentum of 'c'", "velocity of 'c'", "step of 'c'")
+    assert left.missing == ("'c'",)
     assert left.unexpected == ()
     assert [row.partition(":")[0] for row in left.different] == [
         "momentum of 'b'",
