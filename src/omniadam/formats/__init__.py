@@ -63,14 +63,37 @@ def _is_tensorflow(path: Path) -> bool:
     )
 
 
+def _is_dcp(path: Path) -> bool:
+    return path.is_dir() and (path / ".metadata").is_file()
+
+
+def _is_orbax(path: Path) -> bool:
+    """Of a tree, or with items that are trees, as CheckpointManager has them."""
+    name = "_METADATA"
+    return path.is_dir() and any((each / name).is_file() for each in (path, *path.iterdir()))
+
+
+def _is_torch(path: Path) -> bool:
+    """An archive of torch.save, damaged perhaps, or a file in the form that it had before."""
+    if _starts_with(path, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):
+        return True
+    is_named = path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar")
+    return _starts_with(path, b"PK\x03\x04") and (
+        is_named or any(name.endswith("/data.pkl") for name in members(path))
+    )
+
+
 # The first that recognises a file reads it.
 FORMATS: tuple[Format, ...] = (
     Format("Keras's .keras", "keras_archive", _is_keras),
     Format("HDF5 of Keras or tf_keras", "keras_hdf5", _is_hdf5),
     Format("a checkpoint of TensorFlow", "tensorflow", _is_tensorflow),
+    Format("a folder of torch.distributed.checkpoint", "dcp", _is_dcp),
+    Format("a folder of orbax", "orbax", _is_orbax),
+    Format("a file of torch.save", "torch", _is_torch),
 )
 # What can be made anew: by the end of its name, the module.
-MADE: dict[str, str] = {}
+MADE: dict[str, str] = {".pt": "torch", ".pth": "torch", ".dcp": "dcp"}
 
 
 def read(

@@ -24,7 +24,9 @@ from ..saving import atomic
 from ..saving import torch as saving
 from ..saving.snapshot import TORCH, Snapshot, Tensor, Variable
 from ..saving.translate import translated
+from .places import place_in
 
+STATE_DICT = "a state_dict of torch.optim, with 'state' and 'param_groups'"
 _DTYPES = (
     torch.float16,
     torch.bfloat16,
@@ -40,7 +42,7 @@ def read(path: Path, key: str | None = None, settings: Mapping[str, Any] | None 
 
     A checkpoint names places by keys and positions with dots between: "optimizer", "states.0".
     """
-    found = place_in(dict(_places(_loaded(path))), key, path)
+    found = place_in(dict(_places(_loaded(path))), key, path, STATE_DICT)
     groups, state = found["param_groups"], found["state"]
     slots = {
         name: {k: Stored.of(v) for k, v in held.items()} if isinstance(held, dict) else held
@@ -53,7 +55,8 @@ def read(path: Path, key: str | None = None, settings: Mapping[str, Any] | None 
 
 
 def _loaded(path: Path) -> Any:
-    is_archive = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive:
         check_archive(path, path.open("rb"))
     try:
@@ -82,7 +85,7 @@ def refusal(path: Path, error: Exception) -> ValueError:
     )
 
 
-def check_archive(path: Path, file: IO[bytes]) -> None:
+def check_archive(path: Path, file: Any) -> None:
     """Raise ValueError if an archive's contents are not what was written; closes the file."""
     try:
         with file, zipfile.ZipFile(file) as archive:
@@ -116,27 +119,6 @@ def _places(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Iterator
         parts = enumerate(value)
     for key, part in parts:
         yield from _places(part, f"{name}.{key}" if name else str(key), (*above, id(value)))
-
-
-def place_in(places: Mapping[str, Any], key: str | None, path: Path) -> Any:
-    """The one that is meant; raises ValueError if it is not clear which."""
-    wanted = None if key is None else key.replace("/", ".").strip(".")
-    found = [
-        place
-        for place in places
-        if wanted is None or place == wanted or place.startswith(f"{wanted}.")
-    ]
-    if len(found) == 1:
-        return places[found[0]]
-    shown = sorted(place or "(the whole file)" for place in (found or places))
-    if not places:
-        raise ValueError(
-            f"'{path}' must hold the state_dict of an optimizer, with 'state' and 'param_groups'. "
-            "It has none."
-        )
-    if key is None or found:
-        raise ValueError(f"'{path}' holds {len(shown)} optimizers. Name one as the key: {shown}.")
-    raise ValueError(f"'{path}' holds no optimizer at the key '{key}'. There are: {shown}.")
 
 
 # --- a state_dict as a snapshot ---

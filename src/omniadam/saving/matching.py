@@ -201,7 +201,8 @@ def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
         if name in theirs and name not in _RESTORED and theirs[name] != ours[name]
     ]
     rates = theirs.get("learning_rate"), ours.get("learning_rate")
-    if rates[0] != rates[1] and any(isinstance(rate, Mapping) for rate in rates) and theirs:
+    has_schedule = any(isinstance(rate, Mapping) for rate in rates)
+    if "learning_rate" in theirs and rates[0] != rates[1] and has_schedule:
         rows.insert(0, f"`learning_rate` is {rates[0]!r} in the file, {rates[1]!r} here")
     if rows:
         warnings.warn(
