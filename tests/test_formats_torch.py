@@ -150,7 +150,8 @@ def test_what_is_ours_on_both_sides_is_the_same_to_the_bit(tmp_path: Path) -> No
     settings: dict[str, Any] = {"lr": 0.01, "eps": 1e-5, "amsgrad": True, "use_ema": True}
     for more in ({}, {"epsilon_hat": True}, {"global_clipnorm": 1.0, "ema_momentum": 0.5}):
         ours = Run(Adam, **settings, **more).go(HALF)
-        formats.write(kept(ours.opt), tmp_path / "ours.pt")
+        with pytest.warns(UserWarning, match=r"that torch\.optim ignores.*'use_ema'\]"):
+            formats.write(kept(ours.opt), tmp_path / "ours.pt")
         given = formats.read(tmp_path / "ours.pt")
         values = continued(given, "omniadam.Adam", ours.values(), tmp_path / "a.safetensors")
         again = Run(Adam, **settings, **more).go(HALF)
@@ -259,6 +260,8 @@ def test_what_a_file_of_torch_may_hold(tmp_path: Path) -> None:
     refused(lambda s: s["param_groups"][0].update(params=[0, 0]), "each once")
     refused(lambda s: s["param_groups"][0].update(param_names=["a"]), "a name of each parameter")
     refused(lambda s: s["param_groups"][0].update(lr=torch.ones(2)), "`lr` of parameter group 0")
+    refused(lambda s: s["param_groups"][0].update(lr="fast"), "`lr` and `eps` are numbers")
+    refused(lambda s: s["param_groups"][0].update(betas=(0.9,)), "and `betas` two")
     with pytest.raises(FileNotFoundError, match="no file"):
         formats.read(tmp_path / "none.pt")
     path.write_bytes(b"text")
@@ -322,14 +325,14 @@ def test_no_altered_byte_of_a_file_of_torch_is_taken(tmp_path: Path) -> None:
     torch.save(Run(torch.optim.Adam).go(1).opt.state_dict(), path)
     good = digest_of(path)
     errors = 0
-    for content in damaged(path.read_bytes(), 600):
+    for content in damaged(path.read_bytes(), 300):
         path.write_bytes(content)
         try:
             assert digest_of(path) == good  # of what nothing depends on: a date, padding
         except ValueError as error:
             errors += 1
             assert str(path) in str(error), error
-    assert errors > 200
+    assert errors > 100
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"0" * 1_000_000)
     with pytest.raises(ValueError, match=r"the part 'a/data\.pkl'"):
@@ -410,7 +413,7 @@ def test_damaged_folders_of_torch_distributed(tmp_path: Path) -> None:
     good = digest_of(folder)
     names = sorted(os.listdir(folder))
     assert names == [".metadata", "__0_0.distcp"]
-    for name, count in zip(names, (100, 60), strict=True):
+    for name, count in zip(names, (40, 30), strict=True):
         content, errors = (folder / name).read_bytes(), 0
         for changed in damaged(content, count):
             (folder / name).write_bytes(changed)
@@ -572,7 +575,7 @@ def test_which_state_of_a_folder_is_meant(tmp_path: Path) -> None:
     for name in ("_METADATA", "manifest.ocdbt"):
         kept_bytes = (folder / name).read_bytes()
         (folder / name).write_bytes(kept_bytes[: len(kept_bytes) // 2])
-        with pytest.raises(ValueError, match=r"two' cannot be read"):
+        with pytest.raises(ValueError, match=r"two/?' cannot be read"):
             found = formats.read(folder, "g")
             [tensor.read() for tensor in found.tensors.values()]
         (folder / name).write_bytes(kept_bytes)

@@ -475,10 +475,14 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 
 def advance(solver: Any, params: Any, state: Any, steps: range) -> tuple[Any, Any]:
-    for step in steps:
-        grads = jax.tree.map(lambda x, step=step: (x * (0.5 + step)).astype(x.dtype), params)
+    @jax.jit
+    def one(step: Any, params: Any, state: Any) -> Any:
+        grads = jax.tree.map(lambda x: (x * (0.5 + step)).astype(x.dtype), params)
         updates, state = solver.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for step in steps:
+        params, state = one(step, params, state)
     return params, state
 
 

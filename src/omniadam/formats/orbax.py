@@ -1,14 +1,15 @@
 """Folders of orbax.checkpoint with the state of optax's adam, in whatever chain it stands.
 
-orbax says what is in a folder, and tensorstore, by which orbax writes, reads and writes the arrays
-one by one. Nothing in such a folder tells whether an array was altered after it was written.
+A file of JSON says what is in a folder. tensorstore, by which orbax writes, reads and writes the
+arrays one by one. Nothing in such a folder tells whether an array was altered after it was written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +22,14 @@ from ..saving.snapshot import OPTAX, Snapshot, Tensor, Variable
 from ..saving.translate import translated
 from .places import place_in
 
-with versions.imported("optax", "jax", user="omniadam.formats.orbax"):
-    import jax
+with versions.imported("optax", user="A folder of orbax"):
     import optax
 try:
     import tensorstore
-    from orbax import checkpoint as orbax
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "A folder of orbax is read by orbax, which is not installed: pip install orbax-checkpoint.",
+        f"A folder of orbax needs {error.name}, which is not installed: pip install "
+        "'omniadam[orbax]'.",
         name=error.name,
     ) from error
 
@@ -104,18 +104,33 @@ class _Leaf(NamedTuple):
     driver: str
     folder: Path
 
+    def form(self) -> tuple[tuple[int, ...], str]:
+        """Shape and type."""
+        try:
+            found = self._opened(self.folder, read=True)
+            return tuple(found.shape), found.dtype.numpy_dtype.name
+        except Exception as error:  # tensorstore's own, by what is wrong
+            raise _damaged(self.folder, error) from error
+
     def read(self) -> Any:
         """The array."""
-        return self._opened(self.folder, read=True).read().result()
+        try:
+            value = self._opened(self.folder, read=True).read().result()
+        except Exception as error:
+            raise _damaged(self.folder, error) from error
+        return np.asarray(value, order="C")
 
     def write(self, folder: Path, value: Any) -> None:
         """Overwrite it in a copy of the folder."""
         self._opened(folder, write=True).write(value).result()
 
     def _opened(self, folder: Path, **how: bool) -> Any:
-        inside: dict[str, Any] = {"driver": "file", "path": f"{folder / self.stored}/"}
         if (folder / "manifest.ocdbt").exists():
             inside = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{self.stored}/"}
+        elif "/" in self.stored or "\\" in self.stored:
+            raise ValueError(f"the array '{self.stored}' would lie in another folder")
+        else:
+            inside = {"driver": "file", "path": f"{folder / self.stored}/"}
         spec = {"driver": self.driver, "kvstore": inside}
         return tensorstore.open(spec, open=True, **how).result()
 
@@ -123,7 +138,7 @@ class _Leaf(NamedTuple):
 class _Found(NamedTuple):
     """The state of an optimizer in a folder."""
 
-    leaves: list[_Leaf]
+    leaves: list[_Leaf]  # all, from the key on
     item: str  # the folder in it that has the tree; "." for itself
     adams: list[tuple[Any, ...]]  # paths of the nodes with `count`, `mu` and `nu`
 
@@ -133,22 +148,23 @@ def _found(path: Path, key: str | None) -> _Found:
     for item in _items(path):
         try:
             tree, driver = _metadata(path / item)
-        except Exception as error:  # orbax's own, by what is wrong with the text
+        except Exception as error:  # as many kinds as there are ways to alter JSON
             raise _damaged(path, error) from error
-        for root, leaves in _roots(tree, key if item == "." else None).items():
+        for root in _roots(tree, key if item == "." else None):
             name = ".".join(map(str, (*(() if item == "." else (item,)), *root)))
-            places[name] = _Found([], item, []), leaves, driver, root
-    chosen: tuple[_Found, Leaves, str, tuple[Any, ...]] = place_in(places, key, path, _STATE)
-    found, leaves, driver, root = chosen
-    by_path = {p[len(root) :]: leaf for p, leaf in leaves.items()}
-    adams = list(_adams(by_path))
-    for inside, leaf in by_path.items():
-        name = _keystr(inside, by_path, adams)
-        form = tuple(leaf.shape), np.dtype(leaf.dtype).name
-        found.leaves.append(
-            _Leaf(inside, name, leaf.name, *form, driver, (path / found.item).absolute())
+            inside = {
+                p[len(root) :]: stored for p, stored in tree.items() if p[: len(root)] == root
+            }
+            places[name] = item, inside, driver
+    item, inside, driver = place_in(places, key, path, _STATE)
+    adams, leaves = list(_adams(inside)), []
+    for keys, stored in inside.items():
+        leaf = _Leaf(
+            keys, _keystr(keys, inside, adams), stored, (), "", driver, (path / item).absolute()
         )
-    return found._replace(adams=adams)
+        shape, dtype = leaf.form()
+        leaves.append(leaf._replace(shape=shape, dtype=dtype))
+    return _Found(leaves, item, adams)
 
 
 def _items(path: Path) -> list[str]:
@@ -157,25 +173,24 @@ def _items(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir() if (each / METADATA).is_file())
 
 
-Leaves = dict[tuple[Any, ...], Any]
+# What arrays are called, by their paths in the tree.
+Tree = dict[tuple[Any, ...], str]
 
 
-def _metadata(path: Path) -> tuple[Leaves, str]:
-    """All arrays of a folder by their paths, and tensorstore's driver for them."""
-    metadata = orbax.PyTreeCheckpointer().metadata(path.absolute())
-    metadata = getattr(metadata, "item_metadata", metadata)
-    leaves = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree):
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-            leaves[tuple(map(_key, keys))] = leaf
-    return leaves, "zarr3" if metadata.use_zarr3 else "zarr"
-
-
-def _key(key: Any) -> Any:
-    for field in ("key", "idx", "name"):
-        if hasattr(key, field):
-            return getattr(key, field)
-    return str(key)
+def _metadata(path: Path) -> tuple[Tree, str]:
+    """All arrays of a folder, and tensorstore's driver for them."""
+    told = json.loads((path / METADATA).read_bytes())
+    tree = {}
+    for entry in told["tree_metadata"].values():
+        value = entry["value_metadata"]
+        # What is empty, or a text, is no array.
+        if not value.get("skip_deserialize") and value.get("value_type") != "string":
+            keys = entry["key_metadata"]
+            names = [str(part["key"]) for part in keys]
+            places = [part["key_type"] == 1 for part in keys]
+            pairs = zip(names, places, strict=True)
+            tree[tuple(int(n) if is_place else n for n, is_place in pairs)] = ".".join(names)
+    return tree, "zarr3" if told.get("use_zarr3") else "zarr"
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
@@ -186,25 +201,24 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     )
 
 
-def _roots(leaves: Leaves, key: str | None) -> dict[tuple[Any, ...], Leaves]:
+def _roots(tree: Tree, key: str | None) -> set[tuple[Any, ...]]:
     """Where states of optimizers begin: at a key that is given, or where dictionaries end."""
-    roots: dict[tuple[Any, ...], Leaves] = {}
+    roots = set()
     wanted = None if key is None else key.replace("/", ".").strip(".")
-    for adam in _adams(leaves):
+    for adam in _adams(tree):
         length = 0
         while length < len(adam) and isinstance(adam[length], str):
-            if _is_tuple(adam[:length], leaves):
+            if _is_tuple(adam[:length], tree):
                 break
             length += 1
         for i in range(len(adam) + 1):
             if ".".join(map(str, adam[:i])) == wanted:
                 length = i
-        root = adam[:length]
-        roots[root] = {p: leaf for p, leaf in leaves.items() if p[:length] == root}
+        roots.add(adam[:length])
     return roots
 
 
-def _adams(leaves: Leaves) -> Iterator[tuple[Any, ...]]:
+def _adams(leaves: Tree) -> Iterator[tuple[Any, ...]]:
     """The nodes that hold `count`, `mu` and `nu`, and nothing else."""
     for path in leaves:
         node = path[:-1]
@@ -222,7 +236,7 @@ def _children(node: tuple[Any, ...], leaves: Iterable[tuple[Any, ...]]) -> set[A
     return {path[length] for path in leaves if len(path) > length and path[:length] == node}
 
 
-def _is_tuple(node: tuple[Any, ...], leaves: Leaves) -> bool:
+def _is_tuple(node: tuple[Any, ...], leaves: Tree) -> bool:
     """Whether it is a named tuple of optax, by the names of what it holds."""
     children = _children(node, leaves)
     # What holds nothing, an empty state, is not among the leaves.
@@ -231,7 +245,7 @@ def _is_tuple(node: tuple[Any, ...], leaves: Leaves) -> bool:
     )
 
 
-def _keystr(path: tuple[Any, ...], leaves: Leaves, adams: list[tuple[Any, ...]]) -> str:
+def _keystr(path: tuple[Any, ...], leaves: Tree, adams: list[tuple[Any, ...]]) -> str:
     """The key path of a leaf as JAX writes it, in the state that optax returned."""
     inside = next((len(node) + 1 for node in adams if path[: len(node)] == node), len(path))
     parts = []
@@ -256,24 +270,8 @@ def _snapshot(found: _Found, settings: Mapping[str, Any] | None) -> Snapshot:
             }
             name = "/".join(map(str, inside))
             variables.append(Variable(name, leaf.shape, leaf.dtype, slots))
-    tensors = {leaf.name: Tensor(leaf.shape, leaf.dtype, _reader(leaf)) for leaf in found.leaves}
-    return Snapshot(
-        OPTAX, OPTAX, dict(settings or {}), tuple(variables), tensors, {"orbax": orbax.__version__}
-    )
-
-
-def _reader(leaf: _Leaf) -> Callable[[], Any]:
-    def read() -> Any:
-        try:
-            value = np.asarray(leaf.read(), order="C")
-        except Exception as error:  # tensorstore's own, by what is wrong
-            raise _damaged(leaf.folder, error) from error
-        if (value.shape, value.dtype.name) != (leaf.shape, leaf.dtype):
-            text = f"'{leaf.stored}' is of shape {value.shape} and dtype {value.dtype.name}"
-            raise _damaged(leaf.folder, ValueError(text))
-        return value
-
-    return read
+    tensors = {leaf.name: Tensor(leaf.shape, leaf.dtype, leaf.read) for leaf in found.leaves}
+    return Snapshot(OPTAX, OPTAX, dict(settings or {}), tuple(variables), tensors)
 
 
 def _of_variables(snapshot: Snapshot) -> Snapshot:

@@ -165,10 +165,17 @@ def snapshot_of(groups: Any, state: Mapping[Any, Any], path: Path) -> Snapshot:
         variables.append(Variable(name, first.shape, first.dtype, full, is_named))
         tensors |= {full[word]: tensor for word, tensor in slots.items()}
     settings = saving._saved_groups(groups, names, with_extras=False)
+    for group in settings:
+        betas = group["betas"]
+        numbers = [group["lr"], group["eps"], *(betas if isinstance(betas, list) else [None])]
+        if len(numbers) != 4 or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(
+                f"'{path}' must have groups whose `lr` and `eps` are numbers, and `betas` two. "
+                f"Received: {group['lr']!r}, {group['eps']!r}, {betas!r}"
+            )
     is_decoupled = all(group.get("decoupled_weight_decay") for group in settings)
     kind = f"omniadam.torch.Adam{'W' if is_decoupled else ''}"
-    origin = {"torch": "of an unknown version"}
-    return Snapshot(kind, TORCH, {"groups": settings}, tuple(variables), tensors, origin)
+    return Snapshot(kind, TORCH, {"groups": settings}, tuple(variables), tensors)
 
 
 _UNKNOWN = Tensor.of(np.zeros((), np.float32))
@@ -271,6 +278,13 @@ def state_dict_of(snapshot: Snapshot, path: Path, by_name: bool) -> Iterator[dic
                 }
         is_named = all(variable.is_named for variable in snapshot.variables)
         groups = [_group(group, keys, is_named) for group in snapshot.settings["groups"]]
+        extra = sorted({key for group in groups for key in group if key in dropin._EXTRAS})
+        if extra:
+            warnings.warn(
+                f"'{path}' has settings that torch.optim ignores, and omniadam.torch does not: "
+                f"{extra}. A run goes on with the same numbers in omniadam.torch only.",
+                stacklevel=5,
+            )
         yield {"state": state, "param_groups": groups}
 
 
