@@ -163,6 +163,21 @@ def test_what_is_ours_on_both_sides_is_the_same_to_the_bit(tmp_path: Path) -> No
             np.testing.assert_array_equal(b, c)
 
 
+def test_positions_are_no_names(tmp_path: Path) -> None:
+    theirs = Run(torch.optim.Adam)
+    theirs.opt = torch.optim.Adam(theirs.params, lr=0.01)
+    torch.save(theirs.go(HALF).opt.state_dict(), tmp_path / "adam.pt")
+    path = tmp_path / "ours.safetensors"
+    file.write(path, translated(formats.read(tmp_path / "adam.pt"), "omniadam.Adam"))
+    with pytest.raises(ValueError, match="by='position'"):
+        omniadam.from_file(path)
+    opt, values = omniadam.from_file(path, by="position"), theirs.values()
+    opt.build(values)
+    for step in range(HALF, WHOLE):
+        opt.apply(gradients(step, SHAPES))
+    assert_close(values, reference(learning_rate=0.01, epsilon=1e-8, epsilon_hat=False))
+
+
 def test_parameters_that_do_not_decay(tmp_path: Path) -> None:
     ours = Run(AdamW)
     pairs = list(zip(NAMES, ours.params, strict=True))
@@ -506,6 +521,8 @@ def test_a_run_of_optax_goes_on_in_numpy_and_back(library: Any, tmp_path: Path) 
     values = dict(zip(NAMES, listed(params), strict=True))
     opt.build(values)
     file.write(tmp_path / "ours.safetensors", keras)
+    with pytest.raises(ValueError, match="settings"):
+        omniadam.from_file(tmp_path / "ours.safetensors")
     omniadam.load(tmp_path / "ours.safetensors", opt)
     for step in range(HALF, WHOLE):
         opt.apply(gradients(step, SHAPES))

@@ -323,6 +323,7 @@ def test_parts_of_a_parameters_state_are_no_state(path: str) -> None:
         ({"settings": {"groups": [{**group, "amsgrad": True}]}}, r"lacks \['velocity_hat'\]"),
         ({"settings": {}}, "must be `groups`"),
         ({"settings": {"groups": [{"lr": 1.0}]}}, "must be `groups`"),
+        ({"settings": {"groups": [{**group, "params": [["a"]]}]}}, "must be `groups`"),
         ({"settings": {"groups": [{**group, "params": ["a", "x"]}]}}, "must be those of a group"),
         ({"settings": {"groups": [{**group, "betas": [2.0, 0.9]}]}}, "`betas` must be two"),
         ({"settings": {"groups": [{**group, "lr": "fast"}]}}, "`lr` must be a number"),

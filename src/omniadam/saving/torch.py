@@ -268,7 +268,10 @@ def _groups_of(snapshot: Snapshot) -> list[dict[str, Any]]:
     if snapshot.generation != TORCH:
         return []  # matching says what is wrong
     if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(isinstance(name, str) for name in group["params"])
+        for group in groups
     ):
         raise ValueError(
             "The settings of torch.optim's state must be `groups`, each with its `params`. "
