@@ -393,6 +393,92 @@ FAULTS = [
         "return tf.constant(value, dtype)",
         "test_optimizer_v2.py -k 'bits_of_the_original and float64'",
     ),
+    # --- files of PyTorch and optax
+    Fault(
+        "saving/torch.py",
+        "            snapshot = _named_alike(snapshot, names)\n",
+        "            pass\n",
+        "test_saving_torch.py -k names_and_not",
+    ),
+    Fault(
+        "saving/torch.py",
+        "            if isinstance(p, Rows):\n                p.flush()",
+        "            pass",
+        "test_saving_torch.py -k behind",
+    ),
+    Fault("saving/torch.py", "optimizer._forget()", "pass", "test_saving_torch.py -k stopped"),
+    Fault(
+        "saving/torch.py",
+        "is_whole = partner is not None and len(slots) == len(partner.slots)",
+        "is_whole = partner is not None",
+        "test_saving_torch.py -k what_fits",
+    ),
+    Fault(
+        "saving/torch.py",
+        "        return torch.full_like(own, value)",
+        "        return value",
+        "test_saving_torch.py -k 'stopped and tensor'",
+    ),
+    Fault(
+        "saving/torch.py",
+        "if int(step.fill_(count)) != count:",
+        "if False and step.fill_(count):",
+        "test_saving_torch.py -k counts",
+    ),
+    Fault(
+        "saving/trees.py",
+        "    if not leaf.weak_type:",
+        "    if True:",
+        "test_saving_torch.py -k every_kind",
+    ),
+    Fault(
+        "saving/trees.py",
+        "place = leaf.sharding if is_committed else None",
+        "place = None",
+        "test_saving_torch.py -k lies_where",
+    ),
+    Fault(
+        "saving/trees.py",
+        "            value = leaf.copy()",
+        "            pass",
+        "test_saving_torch.py -k lies_where",
+    ),
+    Fault(
+        "saving/translate.py",
+        '"epsilon_hat": bool(group.get("epsilon_hat")),',
+        "",
+        "test_formats_torch.py -k 'torch_goes_on or both_sides'",
+    ),
+    Fault(
+        "saving/translate.py",
+        '"epsilon_hat": settings.get("epsilon_hat", True),',
+        "",
+        "test_formats_torch.py -k 'both_sides or no_equivalent'",
+    ),
+    Fault(
+        "formats/torch.py",
+        '        check_archive(path, path.open("rb"))',
+        "        pass",
+        "test_formats_torch.py -k no_altered",
+    ),
+    Fault(
+        "formats/dcp.py",
+        "            check_archive(self.path, _Part(file, begin, length))",
+        "            pass",
+        "test_formats_torch.py -k damaged",
+    ),
+    Fault(
+        "formats/dcp.py",
+        "torch.load(value, weights_only=True)",
+        "torch.load(value, weights_only=False)",
+        "test_formats_torch.py -k runs_no_code",
+    ),
+    Fault(
+        "formats/orbax.py",
+        "            pairs |= {} if same is None else {leaf.name: same}",
+        "            pass",
+        "test_formats_torch.py -k optax_goes_on",
+    ),
     # --- state
     Fault(
         "state.py",

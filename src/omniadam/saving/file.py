@@ -152,6 +152,7 @@ def _metadata(snapshot: Snapshot, others: Mapping[str, Tensor]) -> dict[str, str
         "class": snapshot.kind,
         "generation": snapshot.generation,
         "settings": _json(snapshot.settings),
+        "is_complete": _json(snapshot.is_complete),
         "variables": _json(variables),
         "not_state": _json(sorted(others)),
     }
@@ -387,7 +388,9 @@ def _snapshot(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Sna
         raise ValueError(f"the tensors {missing} are missing")
     settings = _typed(json.loads(metadata["settings"]), dict)
     origin = {"omniadam": metadata["omniadam_version"]}
-    return Snapshot(metadata["class"], metadata["generation"], settings, variables, tensors, origin)
+    kind, generation = metadata["class"], metadata["generation"]
+    is_complete = _typed(json.loads(metadata["is_complete"]), bool)
+    return Snapshot(kind, generation, settings, variables, tensors, origin, is_complete)
 
 
 def _typed(value: Any, kind: type) -> Any:

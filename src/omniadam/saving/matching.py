@@ -178,7 +178,11 @@ _STRUCTURE = {
 def meaning(snapshot: Snapshot) -> Mapping[str, Any]:
     """The settings that decide what its state means; none where settings are not known."""
     if snapshot.generation == snapshots.KERAS and snapshot.settings:
-        return {name: snapshot.settings.get(name, usual) for name, usual in _STRUCTURE.items()}
+        return {
+            name: snapshot.settings.get(name, usual)
+            for name, usual in _STRUCTURE.items()
+            if snapshot.is_complete or name in snapshot.settings
+        }
     if snapshot.generation == snapshots.OPTIMIZER_V2 and snapshot.settings:
         return {"amsgrad": snapshot.settings.get("amsgrad", False)}
     return {}
@@ -197,7 +201,8 @@ def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
         if name in theirs and name not in _RESTORED and theirs[name] != ours[name]
     ]
     rates = theirs.get("learning_rate"), ours.get("learning_rate")
-    if rates[0] != rates[1] and any(isinstance(rate, Mapping) for rate in rates) and theirs:
+    has_schedule = any(isinstance(rate, Mapping) for rate in rates)
+    if "learning_rate" in theirs and rates[0] != rates[1] and has_schedule:
         rows.insert(0, f"`learning_rate` is {rates[0]!r} in the file, {rates[1]!r} here")
     if rows:
         warnings.warn(

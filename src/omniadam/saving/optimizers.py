@@ -103,6 +103,12 @@ def create(given: Snapshot, custom_objects: Mapping[str, Any], *, by: str) -> An
             "The file holds a tree of arrays, of no class. Read it by load(path, like=state), with "
             "`state` of the transformation that it is for: solver.init(params)."
         )
+    if not given.is_complete:
+        raise ValueError(
+            "The file does not tell all settings of its optimizer, only these: "
+            f"{dict(given.settings)}. Create the optimizer with the settings that it had, and "
+            "load(path, optimizer)."
+        )
     if name in _CLASSES:
         kind = getattr(import_module(_CLASSES[name]), name.rpartition(".")[2])
     else:

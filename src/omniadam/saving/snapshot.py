@@ -92,6 +92,9 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     # Of the file that it was read from: what wrote it.
     origin: Mapping[str, str] = field(default_factory=dict)
+    # Whether `settings` are all there are. If not, the file told no others: an optimizer that has
+    # them may take the state, and none can be made of it.
+    is_complete: bool = True
 
     def in_memory(self) -> Snapshot:
         """The same, with all tensors read."""
