@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import omniadam
 from cases import CASES, SMALL_SHAPES, assert_close, combined, gradients, variables
 from omniadam import schedules
 from omniadam.keras import Adam, AdamW
@@ -936,6 +937,68 @@ def test_h5() -> None:
     for each in (again, fresh):
         fit(each, 1)
     same(again.weights, fresh.weights)
+
+
+@on(*TRAINING)
+def test_saved_and_loaded() -> None:
+    """In the middle of an accumulation: goes on as if it had not stopped, wherever it is loaded."""
+    settings = {"use_ema": True, "gradient_accumulation_steps": 2, "amsgrad": True}
+
+    def net(optimizer: Any) -> Any:
+        begin()
+        made = keras.Sequential(
+            [
+                keras.Input((5,)),
+                keras.layers.Dense(4, "tanh", name="a"),
+                keras.layers.Dense(3, name="b"),
+            ]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        made.compile(optimizer, loss, jit_compile="auto" if BACKEND == "jax" else False)
+        return made
+
+    class Save(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 0:
+                omniadam.save(self.model.optimizer, path)
+                kept.append(self.model.get_weights())
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, kept = f"{folder}/adam.safetensors", []
+        one = net(Adam(0.02, **settings))
+        fit(one, 2, callbacks=[Save()])  # of three steps each
+        after = Adam(0.5, **settings)
+        omniadam.load(path, after)
+        within = net(Adam(0.5, **settings))
+        fit(within, 1)  # its step is compiled
+        within.set_weights(kept[0])
+        omniadam.load(path, within.optimizer)
+        by_file = f"{folder}/a.weights.h5"
+        for other in (net(omniadam.from_file(path)), net(after), within):
+            other.set_weights(kept[0])
+            assert int(other.optimizer._iterations) == 3
+            fit(other, 1)
+            same(other.weights, one.weights, rtol=0, atol=0)
+            same(other.optimizer.variables, one.optimizer.variables, rtol=0, atol=0)
+            assert omniadam.state_hash(other.optimizer) == omniadam.state_hash(one.optimizer)
+        # Keras's own file, into an optimizer that is not built.
+        one.save_weights(by_file)
+        last = net(Adam(0.5, **settings))
+        last.load_weights(by_file)
+        for each in (one, last):
+            fit(each, 1)
+        same(last.weights, one.weights, rtol=0, atol=0)
+        same(last.optimizer.variables, one.optimizer.variables, rtol=0, atol=0)
+        # A layer more: the build is taken back, and the model is fit with another optimizer.
+        begin()
+        more = keras.Sequential(
+            [keras.Input((5,)), *(keras.layers.Dense(3, name=name) for name in "abc")]
+        )
+        opt = omniadam.from_file(path)
+        more.compile(opt, keras.losses.SparseCategoricalCrossentropy(), jit_compile=False)
+        with raises(ValueError, "'c/kernel'", "Different: average of 'a/kernel'"):
+            more.fit(X, Y, verbose=0)
+        assert not opt.built and int(opt._iterations) == 3
 
 
 REFUSED: dict[str, list[Any]] = {

@@ -1033,14 +1033,18 @@ BUILT = {
     ),
 }  # fmt: skip
 FRESH = {
-    "set_weights": method("set_weights", state_of, ("needs a built optimizer", "Call build")),
-    "load_own_variables": method(
-        "load_own_variables", store(lambda s: None), ("needs a built optimizer. Call build",)
+    "set_weights, without a rate": method(
+        "set_weights", [3], ("needs ['iteration', 'learning_rate'] first", "Received 1 arrays")
     ),
-    "load_own_variables of a built one": method(
+    "set_weights, count": method("set_weights", [1.5, 0.1, np.ones(3)], (COUNT, "dtype float64")),
+    "set_weights, rate": method("set_weights", [1, -0.5, np.ones(3)], ("`learning_rate` must be",)),
+    "set_weights, text": method(
+        "set_weights", [1, 0.1, "one"], ("Number 2 of the weights must hold real numbers", "<U3")
+    ),
+    "load_own_variables, gap": method(
         "load_own_variables",
-        store(lambda s: s.update({"2": np.ones(3)})),
-        ("Received 3 keys: ['0', '1', '2']. Call build(variables) first",),
+        store(lambda s: s.update({"3": np.ones(3)})),
+        ("the keys '0' to '2'", "Received 3 keys: ['0', '1', '3']"),
     ),
     "stateless_apply": method(
         "stateless_apply", state_of, lambda o, w: grads(), values_of, ("needs a built optimizer",)
@@ -1071,6 +1075,31 @@ def test_method_of_a_built_optimizer(name: str) -> None:
 @each("name", FRESH)
 def test_method_of_a_fresh_optimizer(name: str) -> None:
     World("fresh").refuses(FRESH[name])
+
+
+def test_state_of_other_variables_is_refused_by_the_build() -> None:
+    """What cannot be checked before: the number of slots, their shapes and types."""
+    params = arrays()
+    built = Adam()
+    built.build(params)
+    state = built.get_weights()
+    for wrong, parts in (
+        (state[:-1], "needs 8 arrays.* Received 7"),
+        ([*state, state[2]], "needs 8 arrays.* Received 9"),
+        ([*state[:2], *state[:1:-1]], r"'kernel_momentum' .* shape \(3, 4\) .* shape"),
+        ([*state[:2], state[2].astype(np.int8), state[3].view("V8"), *state[4:]], "dtype"),
+    ):
+        opt = Adam()
+        opt.set_weights(wrong)
+        kept = copy.deepcopy(params)
+        for begin in (opt.build, lambda w, opt=opt: opt.apply(grads(), w)):
+            with pytest.raises(ValueError, match=f"before the build belongs to other .*{parts}"):
+                begin(params)
+            assert not opt.built and list(opt.named_variables()) == ["iteration", "learning_rate"]
+            assert all(np.array_equal(kept[name], params[name]) for name in params)
+        opt.set_weights(state)  # which takes the place of what was wrong
+        opt.build(params)
+        assert all(np.array_equal(a, b) for a, b in zip(state, opt.get_weights(), strict=True))
 
 
 def test_there_is_no_average_before_the_first_step() -> None:

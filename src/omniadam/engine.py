@@ -230,6 +230,12 @@ class Engine(Settings):
             state.awaited = state.awaited.fill(self, is_complete=is_complete)
             state.is_filled = True
 
+    def _forget_checkpoint(self) -> None:
+        """Drop what a checkpoint of TensorFlow has for slots that will be set otherwise."""
+        deferred = getattr(self, "_deferred_dependencies", None)
+        if deferred:
+            deferred.clear()
+
     def _create_slots(self, entries: Sequence[Entry]) -> None:
         variables = [entry.key for entry in entries]
         if self.use_ema:
@@ -436,8 +442,7 @@ class Engine(Settings):
             present = [self._entry(entry.key) for entry in present]
         self._state.restored = None  # what was pickled or copied is in its variables now
         if self._state.awaited is not None:
-            self._state.awaited.check_all_set()
-            self._state.awaited = None
+            self._state.awaited = self._state.awaited.check_all_set()
         if stand_ins is None:
             self._recent = selection = self._selection(present)
         else:

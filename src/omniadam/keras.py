@@ -11,11 +11,13 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import repeat
 from operator import is_
 from typing import Any, Never, Self
+
+import numpy as np
 
 from . import options, schedules, versions
 
@@ -30,6 +32,7 @@ from .backends.keras import KerasVariables, native, settle
 from .engine import selected
 from .schedules import LearningRate
 from .settings import as_it_is
+from .state import State, UniqueNames, host
 
 __all__ = ["Adam", "AdamW"]
 
@@ -171,6 +174,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         lists = [(value, [*value]) for value in values if isinstance(value, list)]
         tables = [(value, dict(value)) for value in values if isinstance(value, dict)]
         size = len(tracked)
+        self._engine.note_count()
         with self._engine._unbuilt_on_error():
             try:
                 yield
@@ -216,6 +220,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
                     self.built: bool = False
                 else:
                     self._engine.adopt(*entries)
+                    self._engine.fill(is_complete=type(self).build is Adam.build)
 
     def add_variable(
         self,
@@ -239,7 +244,25 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         """
         if keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16"):
             dtype = "float32"  # as the arithmetic is
-        return super().add_variable(shape, initializer, dtype, *arguments, **settings)
+        created = super().add_variable(shape, initializer, dtype, *arguments, **settings)
+        self._engine.created(created)
+        return created
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """Add a state variable of the shape of a variable of the model, as in Keras.
+
+        Args:
+            reference_variable: one of the variables that the optimizer is built with.
+            name: the state is kept under `{variable's path}_{name}`.
+            initializer: initializer, or the name of one.
+
+        Returns:
+            The variable.
+        """
+        with self._engine.slot_of(reference_variable, name or "var"):
+            return super().add_variable_from_reference(reference_variable, name, initializer)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Update variables by a list of gradients, one a variable.
@@ -362,6 +385,62 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def _use_weight_decay(self, variable: Any) -> bool:
         return bool(self._engine._entry(variable).decayed)
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set the state to values of `variables`.
+
+        Before the build, the counters are set at once, and the slots when they are created. What
+        is set in between stays set.
+
+        Args:
+            weights: one array for each of `variables`, of its shape; floats where it holds floats.
+
+        Raises:
+            ValueError: if the number of arrays, a shape or a type is wrong: what can be known only
+                when the variables come, of `build` or the first step. Nothing has been changed
+                then.
+        """
+        self._engine.set_weights(list(weights))
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the state as Keras does, and before the build what waits for it.
+
+        Args:
+            store: takes item assignment: `store["0"]`, `store["1"]`, ...
+
+        Raises:
+            ValueError: before the build, if state was loaded by name, which is in no order yet.
+        """
+        values = self._engine.waiting()
+        super().save_own_variables(store)
+        for i, value in enumerate(values, len(self._variables)):
+            store[str(i)] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the state as Keras does; before the build as `set_weights`.
+
+        Args:
+            store: a mapping with keys "0", "1", ...
+
+        Raises:
+            ValueError: as `set_weights`, before the build. (After it, Keras warns of state of
+                another length, and goes on without.)
+        """
+        keys = list(map(str, range(len(store.keys()))))
+        if self._engine.built or set(keys) != set(store.keys()) or len(keys) < len(self.variables):
+            super().load_own_variables(store)
+        else:
+            self._engine.set_weights([store[key] for key in keys])
+
+    def __reduce__(self) -> Any:
+        """As Keras has it, and with what was loaded and waits for the build."""
+        state = self._engine._state
+        awaited, state.awaited = state.awaited, None
+        try:
+            reduced = super().__reduce__()
+        finally:
+            state.awaited = awaited
+        return reduced if awaited is None else (_waiting, (*reduced, awaited))
+
     def get_config(self) -> dict[str, Any]:
         """The settings, as in Keras, and what is excluded from weight decay, if anything is.
 
@@ -471,9 +550,25 @@ _HOOKS = {
 }
 
 
+def _waiting(make: Any, arguments: Any, awaited: Any) -> Adam:
+    """An optimizer from a pickle or a copy, with what waits for its build."""
+    optimizer: Adam = make(*arguments)
+    optimizer._engine.wait_with(awaited)
+    return optimizer
+
+
 class _OfThread(threading.local):
     # Whether it makes a step on values that are others than the variables'.
     is_stateless = False
+    # The variable that a slot is being created for, and what the slot is.
+    reference: tuple[Any, str] | None = None
+
+
+class Seen:
+    """What has a state, as far as those ask that save and load it."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
 
 
 class _KerasEngine(AdamEngine):
@@ -488,6 +583,9 @@ class _KerasEngine(AdamEngine):
     def __init__(self, owner: Any) -> None:
         self._owner = owner
         self._here = _OfThread()
+        # By identity, variables of Keras's that are slots: with what for, and what they are.
+        self._slots: dict[int, tuple[Any, Any, str]] = {}
+        self._restored: Any = None  # the checkpoint before what waits for the build
         self._seen: list[Any] = [getattr(owner, name) for name in self._read_names]
         super().__init__(
             lambda: native(owner.learning_rate),
@@ -535,6 +633,94 @@ class _KerasEngine(AdamEngine):
             backend.prefer_kernels([entry.variable for entry in entries])
         self.built = True
 
+    # --- state as a whole ---
+
+    def seen(self) -> Seen:
+        """The state, which Keras keeps, as an engine would."""
+        owner, held, seen = self._owner, self._state, Seen(State())
+        state, backend = seen._state, held.backend
+        state.backend = backend
+        unique = UniqueNames().unique
+        entries = [replace(entry, name=unique(entry.name)) for entry in held.entries]
+        state.hold(entries)
+        names = {id(entry.key): entry.name for entry in entries}
+        # On NumPy a variable has another array after each assignment.
+        is_kept = keras.backend.backend() != "numpy"
+        taken = backend._taken if is_kept and isinstance(backend, KerasVariables) else _itself
+        rate = vars(owner).get("_learning_rate")
+        state.named = []
+        unique = UniqueNames(("iteration", "learning_rate")).unique
+        for variable in owner._variables:
+            name, value = variable.name, taken(variable)
+            if variable is owner._iterations:
+                name, state.iteration = "iteration", value
+            elif variable is rate:
+                name, state.rate = "learning_rate", value
+            else:
+                name = unique(name)
+                _, reference, word = self._slots.get(id(variable), (None, None, ""))
+                if id(reference) in names:
+                    state.slots[name] = names[id(reference)], word
+            state.named.append((name, value))
+        return seen
+
+    def note_count(self) -> None:
+        """Know the count before the build, which may have been loaded."""
+        if not self.built:
+            with suppress(TypeError):  # it has no value in a function that is traced
+                self._state.iteration = np.asarray(host(self._owner._iterations))
+
+    @contextmanager
+    def slot_of(self, reference: Any, word: str) -> Iterator[None]:
+        """In which a variable that is created is a slot of another."""
+        self._here.reference = reference, word
+        try:
+            yield
+        finally:
+            self._here.reference = None
+
+    def created(self, variable: Any) -> None:
+        """Note a state variable, and set it to what waits for it."""
+        reference = self._here.reference
+        if reference is not None:
+            self._slots[id(variable)] = variable, *reference
+        awaited = self._state.awaited
+        if awaited is not None and self._state.is_filled:
+            seen = self.seen()._state
+            name, value = seen.named[-1]
+            awaited.tracked(seen, name, value)
+
+    def fill(self, *, is_complete: bool) -> None:
+        """Set the slots to what waits for them, or raise ValueError."""
+        state = self._state
+        if self._restored != self._checkpoint():
+            state.awaited = None  # a checkpoint that was restored later has brought all
+        if state.awaited is not None:
+            state.awaited = state.awaited.fill(self.seen(), is_complete=is_complete)
+            state.is_filled = True
+
+    def waiting(self) -> list[Any]:
+        """What waits for the build, as arrays in their order."""
+        awaited = None if self.built else self._state.awaited
+        return [] if awaited is None else awaited.values()
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set the state, now or when it is built; or raise ValueError."""
+        seen = self.seen()._state
+        if self.built:
+            seen.set(weights)
+        else:
+            seen.await_weights(weights)
+            self.wait_with(seen.awaited)
+
+    def wait_with(self, awaited: Any) -> None:
+        """Have slots set once they exist."""
+        self._state.awaited, self._restored = awaited, self._checkpoint()
+
+    def _checkpoint(self) -> Any:
+        """Which checkpoint of TensorFlow was restored last."""
+        return getattr(self._owner, "_self_update_uid", None)
+
     def _locate(self, entries: Sequence[Entry]) -> None:
         """Note where the values of variables and slots are."""
         owner, backend = self._owner, self._state.backend
@@ -576,6 +762,8 @@ class _KerasEngine(AdamEngine):
         entries = [self._entry(variable) for variable in variables]
         if len(set(map(id, entries))) != len(entries):
             raise ValueError("A variable is given twice in one step.")
+        if self._state.awaited is not None:
+            self._state.awaited = self._state.awaited.check_all_set()
         if _IN_PLACE and self._here.is_stateless:
             return self._examined_by_itself(grads, variables)
         if _IN_PLACE:
@@ -674,6 +862,10 @@ def _found(path: str, paths: Sequence[str]) -> str:
             f"among {list(paths)}. Exclude it by exclude_from_weight_decay() again."
         )
     return longer.pop()
+
+
+def _itself(variable: Any) -> Any:
+    return variable
 
 
 def _copied(value: Any) -> Any:

@@ -486,14 +486,18 @@ class Optimizer(Engine, options.LeadsOn):
         """The state, to save it or to set it elsewhere.
 
         Returns:
-            A list with a NumPy array, a copy, for each of `variables`.
+            A list with a NumPy array, a copy, for each of `variables`. Before the build, what
+            set_weights() was given, as far as it waits.
 
         Raises:
-            ValueError: in a function that is traced, where the state has no values yet.
+            ValueError: in a function that is traced, where the state has no values yet. Before the
+                build, if state was loaded by name, which is in no order yet.
         """
-        if self._state.backend is not None:
-            self._state.backend.check_readable()
-        return list(self._state.saved().values())
+        state = self._state
+        if state.backend is not None:
+            state.backend.check_readable()
+        awaited = state.awaited if not self.built else None
+        return [*state.saved().values(), *(awaited.values() if awaited else ())]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the state to values as `get_weights` returns, of this or another library.
@@ -513,6 +517,7 @@ class Optimizer(Engine, options.LeadsOn):
             self._state.set(list(weights))
         else:
             self._state.await_weights(list(weights))
+            self._forget_checkpoint()
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state in Keras's layout: `store["0"]`, `store["1"]`, ... in order.

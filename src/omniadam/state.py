@@ -191,19 +191,31 @@ class State:
                 f"{len(weights)} arrays."
             )
         counters = list(self.checked(self.named, weights[:count]))
-        slots = []
-        for i, weight in enumerate(weights[count:], count):
+        slots = list(self.real(weights[count:], count))
+        for (_, variable), value in zip(self.named.copy(), counters, strict=True):
+            self.assign(variable, value)
+        self.restored = None
+        self.awaited = Weights(slots) if slots else None
+
+    @staticmethod
+    def real(weights: Sequence[Any], begin: int) -> Iterator[Array]:
+        """Copies of weights, of which more is not known yet.
+
+        Args:
+            weights: arrays.
+            begin: which of the weights the first of them is, for messages.
+
+        Raises:
+            ValueError: if one does not hold real numbers.
+        """
+        for i, weight in enumerate(weights, begin):
             value = host(weight)
             if value.dtype.kind not in "fiuV" or isinstance(weight, np.ma.MaskedArray):
                 raise ValueError(
                     f"Number {i} of the weights must hold real numbers. Received dtype "
                     f"{value.dtype} and shape {value.shape}."
                 )
-            slots.append(np.array(value))
-        for (_, variable), value in zip(self.named.copy(), counters, strict=True):
-            self.assign(variable, value)
-        self.restored = None
-        self.awaited = Weights(slots) if slots else None
+            yield np.array(value)
 
     def saved(self) -> dict[str, Array]:
         """Copies of the state by name, and of what still waits for the variables it is for."""
@@ -322,8 +334,20 @@ class Awaited(ABC):
         """A user's `build` has created a state variable: set it."""
 
     @abstractmethod
-    def check_all_set(self) -> None:
-        """Raise ValueError if a value is left, now that there are all slots."""
+    def check_all_set(self) -> Awaited | None:
+        """What still waits, now that there are all slots.
+
+        Raises:
+            ValueError: if a value is left for which there will be none.
+        """
+
+    @abstractmethod
+    def values(self) -> list[Array]:
+        """Copies of the values, in the order of the slots.
+
+        Raises:
+            ValueError: if the order is not known.
+        """
 
 
 class Weights(Awaited):
@@ -337,10 +361,10 @@ class Weights(Awaited):
         state: State = engine._state
         assert state.backend is not None
         own = [each for _, each in state.named]
-        now = [np.asarray(state.read(each)) for each in own if state.is_counter(each)]
-        count = len(self.slots) if is_complete else len(own) - len(now)
         try:
             with state.backend.untraced():
+                now = [np.asarray(state.read(each)) for each in own if state.is_counter(each)]
+                count = len(self.slots) if is_complete else len(own) - len(now)
                 state.set([*now, *self.slots[:count]])
         except ValueError as error:
             raise ValueError(f"{_OF_OTHERS} {error}") from error
@@ -355,10 +379,15 @@ class Weights(Awaited):
         with state.backend.untraced():
             state.assign(variable, value)
 
-    def check_all_set(self) -> None:
+    def check_all_set(self) -> Weights | None:
         """As of `Awaited`."""
         if self.slots:
             raise ValueError(f"{_OF_OTHERS} {len(self.slots)} arrays of it were left over.")
+        return None
+
+    def values(self) -> list[Array]:
+        """As of `Awaited`."""
+        return list(map(np.array, self.slots))
 
 
 _OF_OTHERS = "The state that was set before the build belongs to other variables."

@@ -272,6 +272,10 @@ class TensorFlow(Functional):
             value = self.read(value)
         if self._here.call is None:
             self.check_run()
+            if isinstance(value, np.ndarray) and value.shape == tuple(variable.shape):
+                # Not read: one that a function which is traced created has no value yet.
+                self.store(variable, value.astype(self.form(variable)[1], copy=False))
+                return
         self.write(variable, value)
 
     def _assign_in_session(self, variable: Any, value: Any) -> None:
@@ -794,6 +798,8 @@ class Tracked(tf.__internal__.tracking.Trackable):  # type: ignore[misc]
         value = None if optimizer.built else optimizer.named_variables().get(name)
         if isinstance(value, np.ndarray) and tf.executing_eagerly():
             optimizer._state.replace_counter(value, TensorFlow().create(value))
+        if value is not None:
+            optimizer._state.awaited = optimizer._state.restored = None  # it takes their place
 
     def _tracked_state(self) -> dict[str, Any]:
         optimizer: Any = self

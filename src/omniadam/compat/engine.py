@@ -178,7 +178,7 @@ class OlderEngine(AdamEngine):
         entry = self._entry(reference_variable)
         slot = self.new_slot(self._state.backend, entry, name or "var", initializer)
         prefix = entry.name.replace("/", "_").replace(":", "_")
-        self._state.track(self, f"{prefix}_{name}", slot)
+        self._state.track(self, f"{prefix}_{name}", slot, (entry.name, name or "var"))
         return slot
 
     def reorder(self, order: Sequence[int]) -> None:
@@ -202,6 +202,9 @@ class OlderEngine(AdamEngine):
         """Keep another variable as a slot, under the name and in the place of the former."""
         slots = list(entry.slots)
         former, slots[position] = slots[position], slot
+        for name, each in self._state.named:
+            if each is slot:
+                del self._state.slots[name]
         held = [each for each in self._state.named if each[1] is not slot]
         self._state.named = [(name, slot if each is former else each) for name, each in held]
         entry.slots = tuple(slots)

@@ -113,6 +113,11 @@ def _of_older(optimizer: Older) -> Adam:
     if optimizer._extra:
         names = sorted({name for name, _ in optimizer._extra})
         raise _no_equivalent(f"`add_slot` of {names}", "Keep those values yourself.")
+    if not engine.built and engine._state.awaited is not None:
+        raise ValueError(
+            "State was loaded into this optimizer, or set, and waits for its first step. Make one, "
+            "and migrate it then."
+        )
     settings = {name: optimizer._plain(name) for name in optimizer._hyper}
     count, *_ = optimizer.get_weights() or [np.array(0)]
     read = host if engine._state.backend is None else engine._state.backend.numpy

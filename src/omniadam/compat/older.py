@@ -14,7 +14,7 @@ from ..backends.base import Backend, received
 from ..engine import refuse_variables
 from ..schedules import is_schedule
 from ..settings import as_it_is
-from ..state import host, initial
+from ..state import Awaited, State, host, initial, names_of
 from .engine import CHECKS, OlderEngine
 
 Array = npt.NDArray[Any]
@@ -131,6 +131,8 @@ class Older(options.LeadsOn):
         check = options.rate if name == "learning_rate" else CHECKS[name]
         number = check(name, value)
         was_number = isinstance(self._hyper.get(name), float)
+        if was_number and name in getattr(self, "_deferred_dependencies", ()):
+            self._get_hyper(name)  # what a checkpoint has for it comes first, and not at the build
         has_variable = self._is_variable(name)
         if has_variable:
             self._scalars.set(name, number)
@@ -259,39 +261,53 @@ class Older(options.LeadsOn):
 
         Returns:
             A list of NumPy arrays: the count of iterations, and the slots in the order of creation.
+            Before the first step, what set_weights() was given.
 
         Raises:
-            ValueError: if a checkpoint has brought slots, and no step has told their order yet.
+            ValueError: if a checkpoint or a file has brought slots, and no step has told their
+                order yet.
         """
         self._check_order()
-        backend = self._engine._state.backend
+        state = self._engine._state
+        backend = state.backend
         if backend is not None:
             backend.check_readable()
         read = host if backend is None else backend.numpy
-        return [np.array(read(variable)) for variable in self._held()]
+        awaited = None if self._engine.built else state.awaited
+        return [
+            *(np.array(read(variable)) for variable in self._held()),
+            *(awaited.values() if awaited else ()),
+        ]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the weights of the optimizer, from NumPy arrays.
 
         Args:
             weights: a list of arrays as `get_weights` returns. Their number and shapes must match
-                those of the optimizer's weights, which exist after the first step.
+                those of the optimizer's weights. Before the first step, the count is set at once,
+                and the slots when they are created.
 
         Raises:
             TypeError: if it is no list.
-            ValueError: if their number, a shape or a type is wrong. Nothing has been changed then.
+            ValueError: if their number, a shape or a type is wrong: of the first step, if it could
+                not be known before. Nothing has been changed then.
         """
         self._check_order()
         variables, weights, engine = self._held(), _listed(weights), self._engine
-        if len(weights) != len(variables):
-            hint = "" if self._created else " It has no slots before the first step."
+        is_new = not engine.built and not self._created
+        if len(weights) != len(variables) and not (is_new and weights):
             raise ValueError(
                 f"`set_weights` needs {len(variables)} arrays, one for each of this optimizer's "
-                f"weights. Received {len(weights)}.{hint}"
+                f"weights. Received {len(weights)}."
             )
         if not weights:
             return
         count = options.count("iterations` of the weights, `weights[0]", host(weights[0]))
+        if is_new:
+            arrays = list(engine._state.real(weights[1:], 1))
+            self._set_count(count)
+            engine._state.awaited = WeightsInColumns(arrays) if arrays else None
+            return
         if engine._state.backend is None:
             slots = [host(value) for value in weights[1:]]
             for i, (value, variable) in enumerate(zip(slots, variables[1:], strict=True), 1):
@@ -311,6 +327,17 @@ class Older(options.LeadsOn):
         engine._state.set(
             [given[id(v)] if id(v) in given else read(v) for _, v in engine._state.named]
         )
+
+    def _forget_slots(self) -> None:
+        """Drop what a pickle or a copy has, of an optimizer that is not built."""
+        self._engine._state.restored = None
+        self._created, self._in_order, self._extra = [], 0, {}
+        self._deferred = {}
+
+    def _set_count(self, count: int) -> None:
+        self._iterations()
+        state = self._engine._state
+        state.assign(state.iteration, count)
 
     def _build(self, variables: list[Any]) -> None:
         """Create what a step of these variables needs."""
@@ -457,6 +484,46 @@ class Older(options.LeadsOn):
 
 
 as_it_is(Older)
+
+
+class WeightsInColumns(Awaited):
+    """What `set_weights` was given before the first step: all m, all v, perhaps all vhat."""
+
+    def __init__(self, slots: Sequence[Array]) -> None:
+        self.slots = list(slots)
+
+    def fill(self, engine: Any, *, is_complete: bool) -> None:
+        """As of `Awaited`."""
+        state: State = engine._state
+        backend, columns = state.backend, list(zip(*(e.slots for e in state.entries), strict=True))
+        assert backend is not None
+        own = [slot for column in columns for slot in column]
+        count = len(state.entries)
+        # A list of a V1 optimizer may have all vhat without `amsgrad`.
+        is_of_v1 = len(columns) == 2 and len(self.slots) == 3 * count
+        given = self.slots[: len(own)] if is_of_v1 else self.slots
+        if len(given) != len(own):
+            raise ValueError(
+                "The weights that were set before the first step must be those of the variables "
+                f"that it has: 1 array, and {len(columns)} for each of {names_of(state.entries)}. "
+                f"Received {1 + len(self.slots)}. Let the first step have the same variables, with "
+                "gradients, as the optimizer whose weights they are."
+            )
+        names = {id(each): name for name, each in state.named}
+        with backend.untraced():
+            named = [(names[id(slot)], slot) for slot in own]
+            for slot, value in zip(own, list(state.checked(named, given)), strict=True):
+                backend.assign(slot, value)
+
+    def tracked(self, state: State, name: str, variable: Any) -> None:
+        """As of `Awaited`: all was set by `fill`."""
+
+    def check_all_set(self) -> None:
+        """As of `Awaited`."""
+
+    def values(self) -> list[Array]:
+        """As of `Awaited`."""
+        return list(map(np.array, self.slots))
 
 
 def _tensorflow() -> Any:

@@ -381,6 +381,8 @@ class Trackable:
     ) -> Any:
         """The slot to restore; None if it is to be restored once it is created."""
         optimizer: Any = self
+        if not optimizer._engine.built:
+            optimizer._engine._state.awaited = None  # what is restored takes its place
         if tf.executing_eagerly():
             slot = optimizer._add_slot(variable, slot_name, "zeros")
             optimizer._sort_slots(optimizer._in_order)

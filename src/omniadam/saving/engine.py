@@ -49,12 +49,27 @@ def snapshot(optimizer: Any, state: Sequence[Any] | None = None) -> Snapshot:
             "stateless_apply() returned last. Pass it: save(optimizer, path, state=state)."
         )
     settings = optimizer.get_config()
-    awaited = optimizer._state.awaited
-    if backend is None and isinstance(awaited, Kept):
-        # Of a file that is loaded, and waits for its variables.
-        tensors = {**awaited.given.tensors, ITERATION: _count_of(optimizer, None)}
-        return Snapshot(kind_of(optimizer), KERAS, settings, awaited.given.variables, tensors)
-    return Snapshot(kind_of(optimizer), KERAS, settings, *contents(optimizer, state))
+    found = waiting(optimizer) if backend is None else None
+    return Snapshot(kind_of(optimizer), KERAS, settings, *(found or contents(optimizer, state)))
+
+
+def waiting(engine: Engine) -> tuple[tuple[Variable, ...], dict[str, Tensor]] | None:
+    """The same as `contents` of what was loaded and waits for its variables; None if nothing does.
+
+    Raises:
+        ValueError: if it waits without its variables' names.
+    """
+    held = engine._state
+    if isinstance(held.awaited, Kept):
+        given = held.awaited.given
+        return given.variables, {**given.tensors, ITERATION: _count_of(engine, None)}
+    if held.awaited or held.restored or getattr(engine, "_deferred_dependencies", None):
+        raise ValueError(
+            "This optimizer was given state by set_weights(), load_own_variables(), a pickle, a "
+            "copy or a checkpoint, which waits for the variables, and a file needs their names. "
+            "Build it before you save it: opt.build(variables)."
+        )
+    return None
 
 
 def contents(
@@ -71,7 +86,8 @@ def contents(
         )
     given = {id(own): value for (_, own), value in zip(held.named, values, strict=True)}
     tensors = {ITERATION: _count_of(engine, given.get(id(held.iteration)))}
-    slots: dict[str, dict[str, str]] = {entry.name: {} for entry in held.entries}
+    called = called_in_files(held)
+    slots: dict[str, dict[str, str]] = {name: {} for name, _ in called.values()}
     for name, (_, own) in names_in_files(engine):
         shape, dtype = held.form(own)
         read = _reader(backend, own, given[id(own)], shape, dtype)
@@ -81,27 +97,36 @@ def contents(
             )
         tensors[name] = Tensor(shape, dtype.name, read)
     for variable, word in held.slots.values():
-        slots[variable][word] = f"{variable}.{word}"
-    variables = [
-        Variable(entry.name, entry.shape, entry.dtype, slots[entry.name], _is_named(backend, entry))
-        for entry in held.entries
-    ]
+        name, _ = called[variable]
+        slots[name][word] = f"{name}.{word}"
+    variables = []
+    for entry in held.entries:
+        name, is_named = called[entry.name]
+        variables.append(Variable(name, entry.shape, entry.dtype, slots[name], is_named))
     return tuple(variables), tensors
 
 
 def names_in_files(engine: Engine) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Of the state but the counters: its names in files, here, and the state variables."""
     held = engine._state
+    called = called_in_files(held)
     for unique, own in held.named:
         if not held.is_counter(own):
             slot = held.slots.get(unique)
-            yield unique if slot is None else ".".join(slot), (unique, own)
+            yield unique if slot is None else f"{called[slot[0]][0]}.{slot[1]}", (unique, own)
 
 
-def _is_named(backend: Any, entry: Any) -> bool:
-    if entry.is_named:
-        return True
-    return backend.name_of(entry.key) == entry.name and not names.is_made_up(entry.name)
+def called_in_files(held: State) -> dict[str, tuple[str, bool]]:
+    """By the names of variables here, those in files, and whether these are their user's."""
+    backend, given = held.backend, []
+    for entry in held.entries:
+        # Keras and TensorFlow may have given the same name to several.
+        own = None if entry.is_named or backend is None else backend.name_of(entry.key)
+        given.append((own or entry.name, entry.is_named))
+    return {
+        entry.name: (name if is_named else entry.name, is_named)
+        for entry, (name, is_named) in zip(held.entries, names.in_files(given), strict=True)
+    }
 
 
 def _reader(
@@ -143,6 +168,11 @@ def _check_callables(optimizer: Any) -> None:
         )
         if name in optimizer._called
     ]
+    refuse_callables(called)
+
+
+def refuse_callables(called: Sequence[str]) -> None:
+    """Raise ValueError if there are settings that a file cannot hold."""
     if called:
         raise ValueError(
             f"A file cannot hold a callable, which `{'`, `'.join(called)}` "
@@ -152,6 +182,12 @@ def _check_callables(optimizer: Any) -> None:
 
 
 # --- the way back ---
+
+
+def name_in_file(state: State, name: str) -> str:
+    """The name in files of a state variable that is tracked under this one."""
+    variable, word = state.slots.get(name, (None, name))
+    return word if variable is None else f"{called_in_files(state)[variable][0]}.{word}"
 
 
 class Kept(Awaited):
@@ -172,13 +208,13 @@ class Kept(Awaited):
         assign(engine, found.pairs)
         if is_complete:
             return None
-        rest = Kept(self.given, self._by, self._strict)
+        rest = type(self)(self.given, self._by, self._strict)
         rest._rest = dict(found.rest)
         return rest
 
     def tracked(self, state: State, name: str, variable: Any) -> None:
         """As of `Awaited`."""
-        known = ".".join(state.slots.get(name, (name,)))
+        known = name_in_file(state, name)
         tensor, (shape, dtype) = self._rest.get(known), state.form(variable)
         if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype.name):
             assert state.backend is not None
@@ -194,7 +230,7 @@ class Kept(Awaited):
             )
             raise ValueError(self._wrong)
 
-    def check_all_set(self) -> None:
+    def check_all_set(self) -> Kept | None:
         """As of `Awaited`."""
         if self._wrong:
             raise ValueError(self._wrong)
@@ -203,12 +239,20 @@ class Kept(Awaited):
                 "The state in the file does not fit the optimizer, which has no "
                 f"{', '.join(self._rest)}. Where that is meant, load it with strict=False."
             )
+        return None
+
+    def values(self) -> list[Array]:
+        """As of `Awaited`."""
+        raise ValueError(
+            "The state that was loaded waits for the variables, whose order says in which order "
+            "weights are. Build the optimizer first: opt.build(variables)."
+        )
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return self  # nobody writes to it before the build
 
     def __reduce__(self) -> Any:
-        return Kept, (self.given.in_memory(), self._by, self._strict)
+        return type(self), (self.given.in_memory(), self._by, self._strict)
 
 
 def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
@@ -229,6 +273,7 @@ def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
                 matching.check_named(given)
             counters(engine, given)()
             engine._state.restored, engine._state.awaited = None, Kept(given, by, strict)
+            engine._forget_checkpoint()
     matching.warn_of_settings(given, own, stacklevel=5)
     return left
 

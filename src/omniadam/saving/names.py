@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 # What TensorFlow and Keras call a variable, or a model, that is given no name.
-_USUAL = {"variable", "sequential", "functional", "model", "seed_generator_state"}
+_VARIABLES = {"variable", "seed_generator_state"}
+_MODELS = {"sequential", "functional", "model"}
+
+
+def in_files(given: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """What the variables of an optimizer are called in a file, and whether by their user.
+
+    Of a path that Keras or TensorFlow made, that is what the user gave: `encoder/kernel` for
+    `sequential_3/encoder/kernel`, `w` for `w:0`. If a layer's name was made up (`dense_3/kernel`),
+    or nothing else tells two variables apart, the path is no name.
+
+    Args:
+        given: by variable, a name, and whether it is known to be the user's.
+    """
+    given = list(given)
+    classes, models = _made_up(()), _MODELS | set(_names_of("Model"))
+    found = [name if own else _of_user(name, classes, models) for name, own in given]
+    times = Counter(found)
+    return [
+        (name, False) if short is None or times[short] > 1 else (short, True)
+        for (name, _), short in zip(given, found, strict=True)
+    ]
+
+
+def _of_user(path: str, classes: set[str], models: set[str]) -> str | None:
+    """The part of a path that its user gave; None if it does not tell the variable."""
+    parts = re.sub(r":\d+$", "", path).split("/")
+    while len(parts) > 1 and _unnumbered(parts[0]) in models:
+        parts = parts[1:]
+    name = "/".join(parts)
+    return None if _is_among(classes, name) else name
 
 
 def is_made_up(name: str, layers: Iterable[str] = ()) -> bool:
@@ -22,22 +53,34 @@ def is_made_up(name: str, layers: Iterable[str] = ()) -> bool:
         name: of a variable.
         layers: classes of layers beside those of the libraries that are imported.
     """
-    classes = _USUAL | set(_names_of_layers()) | set(map(_snake, layers))
-    *above, last = (re.sub(r"(_\d+)?(:\d+)?$", "", part).lower() for part in name.split("/"))
+    return _is_among(_made_up(layers), name)
+
+
+def _made_up(layers: Iterable[str]) -> set[str]:
+    return _VARIABLES | _MODELS | set(_names_of("Layer")) | set(map(_snake, layers))
+
+
+def _is_among(classes: set[str], name: str) -> bool:
+    *above, last = map(_unnumbered, name.split("/"))
     # The last part of a path is what a layer calls its variable, such as "bias", though there be a
     # layer of that name, too.
-    return not classes.isdisjoint(above) or last in (_USUAL if above else classes)
+    return not classes.isdisjoint(above) or last in (_VARIABLES | _MODELS if above else classes)
 
 
-def _names_of_layers() -> Iterator[str]:
-    """What Keras calls layers without a name, of every class that there is."""
+def _unnumbered(part: str) -> str:
+    return re.sub(r"(_\d+)?(:\d+)?$", "", part).lower()
+
+
+def _names_of(kind: str) -> Iterator[str]:
+    """What Keras calls layers, or models, without a name, of every class that there is."""
     for library in ("keras", "tf_keras"):
-        layers: Any = getattr(sys.modules.get(library), "layers", None)
-        kinds = [layers.Layer] if hasattr(layers, "Layer") else []
+        module = sys.modules.get(library)
+        module = module if kind == "Model" else getattr(module, "layers", None)
+        kinds: list[Any] = [getattr(module, kind)] if hasattr(module, kind) else []
         while kinds:
-            kind = kinds.pop()
-            yield _snake(kind.__name__)
-            kinds += type.__subclasses__(kind)
+            each = kinds.pop()
+            yield _snake(each.__name__)
+            kinds += type.__subclasses__(each)
 
 
 @cache  # each name is asked for the classes of all layers that there are

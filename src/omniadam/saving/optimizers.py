@@ -52,11 +52,16 @@ def _home_of(optimizer: Any) -> Any:
     home = _home(type(optimizer))
     if home is not None:
         return home
+    kind = type(optimizer)
+    if hasattr(optimizer, "inner_optimizer"):
+        raise TypeError(
+            f"{kind.__name__} scales the loss for another optimizer, whose state it is that is "
+            "saved and loaded: pass its `inner_optimizer`. The scale is found again by itself."
+        )
     if "jax" in sys.modules:
         trees = import_module(".trees", __package__)
         if trees.is_tree(optimizer):
             return trees
-    kind = type(optimizer)
     raise TypeError(
         "State is saved and loaded of an optimizer of omniadam (Adam, AdamW, an Optimizer of "
         "yours, those of omniadam.keras, omniadam.torch and omniadam.compat), or of a tree of JAX "

@@ -1,0 +1,115 @@
+"""The state of `omniadam.keras`, which Keras keeps: see `_KerasEngine.seen`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from .. import schedules
+from ..schedules import is_schedule
+from . import engine, matching
+from .engine import Kept
+from .matching import Left
+from .optimizers import kind_of
+from .snapshot import KERAS, Snapshot
+
+
+def turn(optimizer: Any) -> Any:
+    """As of every module that knows a class."""
+    backend = optimizer._engine._state.backend
+    return nullcontext() if backend is None else backend.turn
+
+
+def snapshot(optimizer: Any) -> Snapshot:
+    """Class, settings and state.
+
+    Raises:
+        ValueError: if a setting is a callable, or state waits that has no names.
+    """
+    _check_callables(optimizer)
+    inner = optimizer._engine
+    if inner.built:
+        inner._state.backend.check_readable()
+        found = engine.contents(inner.seen())
+    else:
+        seen = inner.seen()
+        seen._state.awaited = inner._state.awaited
+        found = engine.waiting(seen) or engine.contents(seen)
+    return Snapshot(kind_of(optimizer), KERAS, optimizer.get_config(), *found)
+
+
+def _check_callables(optimizer: Any) -> None:
+    """Raise ValueError for what a file cannot hold."""
+    rate = vars(optimizer)["_learning_rate"]
+    settings = {name: getattr(optimizer, name) for name in optimizer._engine._read_names}
+    if not is_schedule(rate) and not hasattr(rate, "assign"):  # no variable
+        settings = {"learning_rate": rate} | settings
+    engine.refuse_callables([name for name, value in settings.items() if callable(value)])
+
+
+def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
+    """As of every module that knows a class."""
+    inner, left = optimizer._engine, Left()
+    with turn(optimizer):
+        seen = inner.seen()
+        own = Snapshot(kind_of(optimizer), KERAS, _settings(optimizer), *engine.contents(seen))
+        if inner.built:
+            found = _renamed(given, own) if by == "name" else given
+            pairs, left, _ = matching.plan(found, own, by=by, strict=strict)
+            set_counters = engine.counters(seen, given)
+            engine.assign(seen, pairs)
+            set_counters()
+        else:
+            matching.check_meaning(given, own)
+            if by == "name":
+                matching.check_named(given)
+            engine.counters(seen, given)()
+            inner.wait_with(KeptForKeras(given, by, strict))
+    matching.warn_of_settings(given, own, stacklevel=5)
+    return left
+
+
+def _settings(optimizer: Any) -> Mapping[str, Any]:
+    """The settings, callables as they are."""
+    rate = vars(optimizer)["_learning_rate"]
+    settings = {name: getattr(optimizer, name) for name in optimizer._engine._read_names}
+    return {"learning_rate": schedules.serialize(rate) if is_schedule(rate) else 0.0} | settings
+
+
+class KeptForKeras(Kept):
+    """The state of a file, for an optimizer of Keras that is not built yet."""
+
+    def fill(self, engine_: Any, *, is_complete: bool) -> Kept | None:
+        """As of `Awaited`."""
+        if self._by == "position":
+            return super().fill(engine_, is_complete=is_complete)
+        own = Snapshot("", KERAS, {}, *engine.contents(engine_))
+        return Kept(_renamed(self.given, own), self._by, self._strict).fill(
+            engine_, is_complete=is_complete
+        )
+
+
+def _renamed(given: Snapshot, own: Snapshot) -> Snapshot:
+    """A file with the names that its variables have here: those that both have, and of the others
+    those that one is the end of the other: Keras leaves the model's name out of the paths in a
+    model that is loaded.
+    """
+    theirs, ours = ({v.name for v in each.variables if v.is_named} for each in (given, own))
+    rest = {name: [o for o in ours - theirs if _is_tail(name, o)] for name in theirs - ours}
+    times = [o for found in rest.values() for o in found]
+    names = {n: o[0] for n, o in rest.items() if len(o) == 1 and times.count(o[0]) == 1}
+    variables = [v._replace(name=names.get(v.name, v.name)) for v in given.variables]
+    return replace(given, variables=tuple(variables))
+
+
+def _is_tail(one: str, other: str) -> bool:
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def create(kind: Any, given: Snapshot, custom_objects: Mapping[str, Any], *, by: str) -> Any:
+    """As of every module that knows a class."""
+    optimizer = kind.from_config(dict(given.settings), custom_objects=dict(custom_objects))
+    restore(optimizer, given, by=by, strict=True)
+    return optimizer
