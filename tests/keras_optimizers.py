@@ -365,6 +365,81 @@ def test_a_saved_model_has_our_optimizer() -> None:
 
 
 @on()
+def test_extend_against_the_oracle() -> None:
+    """Variables that come later, in the order in which a model lists them: in front."""
+    case = combined(list(CASES)[-1].split("+"))  # which has everything
+    assert case is not None
+    params = made(variables(shapes=SMALL_SHAPES))
+    later, first = params[:3], params[3:]
+    opt = Adam(**case.settings_for(schedules))
+    opt.exclude_from_weight_decay(var_names=[f"^{params[i].path}$" for i in case.excluded])
+    place = [3, 4, 5, 0, 1, 2]
+    excluded = frozenset(place.index(i) for i in case.excluded)
+    reference = case._replace(excluded=excluded).reference([p.numpy() for p in first])
+    for step in range(13):
+        if step == 4:
+            with raises(ValueError, "Unknown variable", "w0", "extend"):
+                opt.apply([None, *tensors(gradients(0, shapes=SMALL_SHAPES)[3:])][:1], later[:1])
+            opt.extend(params)
+            reference.extend([p.numpy() for p in later])
+        now = params if step >= 4 else first
+        g = gradients(step, shapes=SMALL_SHAPES)[-len(now) :]
+        opt.apply(tensors(g), None if step > 4 else now)
+        reference.step([*g[-3:], *g[:-3]])
+    assert_close([p.numpy() for p in [*first, *later]], reference)
+    for slot, held in (("velocity", opt._velocities), ("momentum", opt._momentums)):
+        assert_close([v.numpy() for v in held], reference, slot)
+    assert opt.get_config()["extensions"] == [[v.path for v in later]]
+    with raises(ValueError, "path of its own", params[0].path):
+        opt.extend([keras.Variable(1.0, name=params[0].name)])
+    before = len(opt.variables)
+    for wrong in ([made([np.zeros(2)])[0], params[0].value], [np.zeros(2)]):
+        with raises((ValueError, TypeError)):
+            opt.extend(wrong)
+    assert len(opt.variables) == before
+
+
+@on(*TRAINING)
+def test_fit_and_extend_and_fit() -> None:
+    """Without compile; and saved and loaded it goes on as if it had not stopped."""
+    everything = {"use_ema": True, "ema_overwrite_frequency": 2, "amsgrad": True}
+    everything |= {"gradient_accumulation_steps": 2, "global_clipnorm": 0.5, "weight_decay": 0.1}
+    for settings, is_wrapped in (({}, False), (everything, False), ({}, True)):
+        net = model()
+        net.layers[0].trainable = False
+        own = Adam(0.02, **settings)
+        own.exclude_from_weight_decay(var_names=["bias"])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        wrapped = keras.optimizers.LossScaleOptimizer(own) if is_wrapped else own
+        net.compile(wrapped, loss, jit_compile="auto" if BACKEND == "jax" else False)
+        fit(net)
+        # Copies: memory may be used again.
+        frozen, before = [list(map(np.array, host(layer.weights))) for layer in net.layers]
+        slots = {v.path: np.array(v.numpy()) for v in own.variables}
+        net.layers[0].trainable = True
+        own.extend(net.trainable_variables)
+        assert [v.path for v in own.variables][: len(slots)] == list(slots)
+        assert all(np.array_equal(v.numpy(), slots[v.path]) for v in own.variables[: len(slots)])
+        count = own.variables[len(slots)]
+        assert count.name == "extension" and int(count.numpy()) == int(own.iterations) > 0
+        net.fit(X, Y, batch_size=24, verbose=0)  # a step
+        if not settings:  # of the learning rate, as the first one of any Adam is
+            moved = [a - b for a, b in zip(host(net.layers[0].weights), frozen, strict=True)]
+            assert all(np.isclose(np.median(np.abs(x)), 0.02, rtol=1e-2) for x in moved)
+            assert np.any(host(net.layers[1].weights)[0] != before[0])
+        with tempfile.TemporaryDirectory() as folder:
+            net.save(f"{folder}/model.keras")
+            again = keras.saving.load_model(f"{folder}/model.keras")
+        shorter = [[v.path for v in again.layers[0].weights]]
+        assert is_wrapped or again.optimizer.get_config()["extensions"] == shorter
+        same(again.optimizer.variables, net.optimizer.variables, rtol=0, atol=0)
+        for each in (net, again):
+            fit(each, 1)
+        same(again.weights, net.weights, rtol=0, atol=0)
+        same(again.optimizer.variables, net.optimizer.variables, rtol=0, atol=0)
+
+
+@on()
 def test_configs() -> None:
     made_with = {"learning_rate": 0.25, "beta_1": 0.8, "clipnorm": 2.0, "name": "mine"}
     for kind, base in ((Adam, Theirs), (AdamW, keras.optimizers.AdamW)):

@@ -165,6 +165,7 @@ class Reference:
         self.clips_by_norm = bool(clipnorm or global_clipnorm)
 
         self.calls = 0
+        self.since = [0 for _ in variables]  # of each, the iterations when it was added
         slots = ["momentum", "velocity"]
         slots += ["velocity_hat"] if amsgrad else []
         slots += ["average"] if use_ema else []
@@ -184,6 +185,18 @@ class Reference:
     @property
     def iterations(self) -> int:
         return self.calls // (self.gradient_accumulation_steps or 1)
+
+    def extend(self, variables: Sequence[ArrayLike]) -> None:
+        """Variables that come later: as new ones, with numbers of steps of their own."""
+        for name, arrays in self.state.items():
+            arrays += [
+                np.array(w, self.dtype) if name == "variable" else np.zeros_like(w, self.dtype)
+                for w in variables
+            ]
+        for of in (self.sizes, self.stores):
+            for arrays in of.values():
+                arrays += [np.zeros_like(w, self.dtype) for w in variables]
+        self.since += [self.iterations for _ in variables]
 
     def resync(self, variables: Sequence[ArrayLike]) -> None:
         """Continue from these values. A test that does so after each step checks steps one by one,
@@ -265,7 +278,7 @@ class Reference:
         self.stores["variable"][i] += np.where(loss != 0, np.abs(w), 0)
 
     def _update(self, i: int, g: Gradient, learning_rate: float) -> None:
-        t = self.iterations + 1
+        t = self.iterations - self.since[i] + 1
         beta_1, beta_2, epsilon = read(self.beta_1), read(self.beta_2), read(self.epsilon)
         correction_1, correction_2 = one_minus_power(beta_1, t), one_minus_power(beta_2, t)
         alpha = learning_rate * math.sqrt(correction_2) / correction_1
@@ -293,11 +306,11 @@ class Reference:
         self.stores["variable"][i] += np.where(length != 0, np.abs(w), 0)
 
     def _average(self) -> None:
-        # The first iteration starts the average at w, not at 0.
-        momentum = self.ema_momentum if self.iterations != 0 else 0.0
         frequency = self.ema_overwrite_frequency
         overwrites = bool(frequency and (self.iterations + 1) % frequency == 0)
         for i, w in enumerate(self.variables):
+            # The first iteration starts the average at w, not at 0.
+            momentum = self.ema_momentum if self.iterations != self.since[i] else 0.0
             average = self.state["average"][i]
             old, new = momentum * average, (1 - momentum) * w
             average[...] = old + new

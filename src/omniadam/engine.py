@@ -11,14 +11,16 @@ from copy import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from . import options, schedules
 from .backends import Backend, backend_of, supported
 from .backends.base import Entry, Group, Latest, Selection, received
 from .rule import Pass, PassCoefficients, Rule
 from .schedules import LearningRate, is_schedule
 from .settings import Settings, as_it_is
-from .state import State, initial, names_of
-from .step import Step, checked, known, passes_of
+from .state import State, UniqueNames, initial, names_of
+from .step import Step, checked, known, passes_of, updates_since
 
 
 class Engine(Settings):
@@ -29,6 +31,9 @@ class Engine(Settings):
             Keras), or a callable without arguments that returns the rate, called at each step.
         **settings: of `Settings`.
     """
+
+    # Of each extension that the next build makes, as a config, a pickle or a copy says.
+    _extended_names: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, learning_rate: LearningRate, **settings: Any) -> None:
         self._building = threading.RLock()
@@ -171,6 +176,17 @@ class Engine(Settings):
                 raise TypeError(f"Names of variables must be non-empty strings. Received: {names}")
         if not given:
             raise ValueError("An optimizer needs at least one variable. Received: none.")
+        backend, is_named = self._library_of(given, names).over(given), names is not None
+        if names is None:
+            names = self._state.names_for(backend, given)
+        entries = self._entries_of(backend, given, names, is_named=is_named)
+        backend.check_distinct(entries)
+        self._state.check_restored(entries)
+        return backend, entries
+
+    @staticmethod
+    def _library_of(given: list[Any], names: Sequence[str] | None) -> type[Backend]:
+        """The library that all of the variables are of."""
         kinds = [backend_of(variable) for variable in given]
         for i, (variable, kind) in enumerate(zip(given, kinds, strict=True)):
             if kind is None:
@@ -189,9 +205,12 @@ class Engine(Settings):
                     "All variables of an optimizer must be of one library. Received variable 0 of "
                     f"{first.name} and variable {i} of {kind.name}. Use one optimizer for each."
                 )
-        backend, is_named = first.over(given), names is not None
-        if names is None:
-            names = self._state.names_for(backend, given)
+        return first
+
+    @staticmethod
+    def _entries_of(
+        backend: Backend, given: list[Any], names: Sequence[str], *, is_named: bool
+    ) -> tuple[Entry, ...]:
         entries = tuple(backend.describe(v, n) for v, n in zip(given, names, strict=True))
         for entry in entries:
             entry.is_named = is_named
@@ -203,15 +222,30 @@ class Engine(Settings):
                     f"object, of shape {entry.shape}. Pass each variable once."
                 )
             seen[id(entry.key)] = entry.name
-        backend.check_distinct(entries)
-        self._state.check_restored(entries)
-        return backend, entries
+        return entries
 
     def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
+        first, later = self._in_parts(entries)
         state = self._state
         state.backend = backend
         state.hold(entries)
         self._forget()
+        self._decide_decay(entries)
+        for _, counter in state.named.copy():
+            state.replace_counter(counter, self._moved(counter))
+        for name, counter in state.named:
+            backend.created(self, name, counter)
+        self._create_slots(first)
+        for part in later:
+            self._add_extension(part, -1)
+        self._extended_names = ()
+        self.built = True
+        if state.awaited is not None:
+            is_complete = type(self).build is Engine.build
+            state.awaited = state.awaited.fill(self, is_complete=is_complete)
+            state.is_filled = True
+
+    def _decide_decay(self, entries: Sequence[Entry]) -> None:
         excluded = {id(v) for v in self._excluded_variables}
         for entry in entries:
             entry.decayed = not (
@@ -219,16 +253,176 @@ class Engine(Settings):
                 or entry.name in self._excluded_exact
                 or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
             )
-        for _, counter in state.named.copy():
-            state.replace_counter(counter, self._moved(counter))
-        for name, counter in state.named:
-            backend.created(self, name, counter)
+
+    # --- variables that come later ---
+
+    def extend(self, variables: Iterable[Any] | Mapping[str, Any]) -> None:
+        """Add variables to a built optimizer, as after unfreezing a layer; before, build it.
+
+        The others keep their state, and nothing else changes for them. The new ones begin as a new
+        optimizer's do: their bias correction counts from their own first step on, and their first
+        moving average is the variable itself. `iterations`, schedules and
+        `ema_overwrite_frequency` go on for all. While gradients accumulate, new variables are
+        those that had no gradient in the calls before. What is excluded from weight decay by name
+        is excluded among the new ones, too.
+
+        Their state stands at the end of `variables`: the `iterations` when they were added, under
+        the name "extension" (-1 until the first step if the optimizer cannot know it, as the state
+        may be in your hands), and then what `build` creates.
+
+        A function that was compiled before, by `jax.jit` or `tf.function`, goes on without the new
+        variables: compile it anew.
+
+        Args:
+            variables: list of variables, or a mapping from names to them. Those that the optimizer
+                has are left alone, so that it may be all that are trained now. If it is, their
+                order is from now on that of `apply` without variables, and of `stateless_apply`;
+                else the new ones come last there.
+
+        Raises:
+            TypeError, ValueError: as `build`; or if a new variable has a name that is known; inside
+                of a function that is compiled; or if a subclass has a `build` of its own, whose
+                state nobody else can add to. Nothing has been changed then.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam import Adam
+            >>> head, body = np.array([1.0]), np.array([1.0])
+            >>> opt = Adam(learning_rate=0.1)
+            >>> for _ in range(9):
+            ...     calls = opt.apply_gradients([(np.array([1.0]), head)])
+            >>> opt.extend({"body": body})
+            >>> opt.apply_gradients([(np.array([1.0]), head), (np.array([1.0]), body)])
+            10
+            >>> head.round(3).tolist(), body.round(3).tolist()
+            ([0.0], [0.9])
+            >>> [name for name in opt.named_variables()][4:]
+            ['extension', 'body_momentum', 'body_velocity']
+        """
+        with self._building:
+            if not self.built:
+                self.build(variables)
+                return
+            given = variables if isinstance(variables, Mapping) else as_list(variables)
+            described = self._described_later(given)
+            if described:
+                with self._unbuilt_on_error():
+                    self._extend(described, self._ordered(given, described))
+
+    def _described_later(self, given: Mapping[str, Any] | list[Any]) -> list[Entry]:
+        """Entries for the variables that are new and may be added; nothing is changed yet."""
+        state, backend = self._state, self._state.backend
+        assert backend is not None
+        names, new = self._new_among(given)
+        if not new:
+            return []
+        self._check_extensible()
+        backend.check_untraced("`extend` with new variables")
+        first = state.entries[0]
+        self._library_of([first.key, *new], [first.name, *names])
+        is_named = isinstance(given, Mapping)
+        later = self._entries_of(backend, new, names, is_named=is_named)
+        backend.check_distinct((*state.entries, *later))
+        return list(later)
+
+    def _new_among(self, given: Mapping[str, Any] | list[Any]) -> tuple[list[str], list[Any]]:
+        """Those of the variables that the optimizer has not, and the names they are to have."""
+        state, backend = self._state, self._state.backend
+        assert backend is not None
+        known = {entry.name: entry for entry in state.entries}
+        kind = backend_of(state.entries[0].key)
+        if not isinstance(given, Mapping):
+            new = [variable for variable in given if id(variable) not in state.index]
+            own = [backend.name_of(v) if backend_of(v) is kind else None for v in new]
+            unique = UniqueNames(known).unique
+            return [unique(name or "variable") for name in own], new
+        names, new = [], []
+        for name, variable in given.items():
+            if id(variable) in state.index:
+                continue
+            if not (isinstance(name, str) and name):
+                raise TypeError(f"Names of variables must be non-empty strings. Received: {name!r}")
+            if name in known and backend.stands_for(variable, known[name]):
+                continue
+            if name in known:
+                raise ValueError(
+                    f"A variable that is added must have a name of its own. Received '{name}' of "
+                    f"shape {getattr(variable, 'shape', 'unknown')}, a name under which this "
+                    f"optimizer has another variable, of shape {known[name].shape}. Give it "
+                    "another name; or create a new optimizer, if it takes the place of that."
+                )
+            names.append(name)
+            new.append(variable)
+        return names, new
+
+    def _check_extensible(self) -> None:
+        if type(self).build is not Engine.build:
+            raise ValueError(
+                f"{type(self).__name__} has a `build` of its own, so that `extend` does not know "
+                "which state a variable needs. Create a new optimizer for all variables, or give "
+                "the class a `rule`, whose slots are known."
+            )
+
+    def _ordered(self, given: Mapping[str, Any] | list[Any], later: Sequence[Entry]) -> list[Entry]:
+        """All entries as the user lists them; if some are missing there, new ones come last."""
+        every = [*self._state.entries, *later]
+        known = {id(entry.key): entry for entry in every}
+        if isinstance(given, Mapping):
+            named = {entry.name: entry for entry in every}
+            listed = [known.get(id(v)) or named[name] for name, v in given.items()]
+        else:
+            listed = [known[id(variable)] for variable in given]
+        order = list({id(entry): entry for entry in listed}.values())
+        return order if len(order) == len(every) else every
+
+    def _extend(self, later: Sequence[Entry], order: Sequence[Entry]) -> None:
+        state, backend = self._state, self._state.backend
+        assert backend is not None
+        state.restored = None  # what was pickled or copied is in its variables now
+        with backend.turn:
+            # Whoever has given a state away, or has made no step, may be behind the user's.
+            calls = 0 if state.is_given_away else int(backend.numpy(state.iteration))
+            since = calls // (self.gradient_accumulation_steps or 1) if calls else -1
+            self._decide_decay(later)
+            state.hold(order)
+            self._forget()
+            self._add_extension(later, since)
+
+    def _add_extension(self, entries: Sequence[Entry], since: int) -> None:
+        state = self._state
+        count = state.create(np.array(since, np.int64))
+        state.track(self, "extension", count)
+        for entry in entries:
+            entry.since = count
         self._create_slots(entries)
-        self.built = True
-        if state.awaited is not None:
-            is_complete = type(self).build is Engine.build
-            state.awaited = state.awaited.fill(self, is_complete=is_complete)
-            state.is_filled = True
+        state.extensions = (*state.extensions, tuple(entries))
+
+    def _first_average(self, entry: Entry, shape: tuple[int, ...], dtype: str) -> Any:
+        """The value of a variable that is added: its average until there is a step."""
+        assert self._state.backend is not None
+        return self._state.backend.numpy(entry.variable)
+
+    def _extension_names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the variables of each extension, of those still to be built, too."""
+        held = tuple(tuple(entry.name for entry in part) for part in self._state.extensions)
+        return held or self._extended_names
+
+    def _in_parts(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
+        """Which entries were built on first, and which were added then, by what a config says."""
+        later = []
+        for names in self._extended_names:
+            part = [entry for name in names for entry in entries if entry.name == name]
+            if part and len(part) != len(names):
+                found = [entry.name for entry in part]
+                raise ValueError(
+                    f"The variables {list(names)} were added to this optimizer together, by "
+                    f"`extend`, as its config or pickle says. Received of them {found}, among "
+                    f"{names_of(entries)}. Build it with all variables, or with those only that "
+                    "it was built with first."
+                )
+            later += [part] if part else []
+        added = {id(entry) for part in later for entry in part}
+        return [entry for entry in entries if id(entry) not in added], later
 
     def _forget_checkpoint(self) -> None:
         """Drop what a checkpoint of TensorFlow has for slots that will be set otherwise."""
@@ -238,10 +432,9 @@ class Engine(Settings):
 
     def _create_slots(self, entries: Sequence[Entry]) -> None:
         variables = [entry.key for entry in entries]
-        if self.use_ema:
-            averages = self.add_optimizer_variables(variables, "average")
-            for entry, average in zip(entries, averages, strict=True):
-                entry.average = average
+        for entry in entries if self.use_ema else ():
+            start = "zeros" if entry.since is None else partial(self._first_average, entry)
+            (entry.average,) = self.add_optimizer_variables([entry.key], "average", start)
         if self.gradient_accumulation_steps:
             for entry in entries:
                 entry.accumulator = self.add_variable_from_reference(
@@ -423,6 +616,7 @@ class Engine(Settings):
     def _examined(self, grads: list[Any], variables: list[Any]) -> tuple[Selection, Any]:
         """Step 1: every check, and the gradients that are there. Builds if that is still to do."""
         new = stand_ins = None
+        held = self._state.entries
         if self.built:
             backend = self._state.backend
             assert backend is not None
@@ -445,6 +639,8 @@ class Engine(Settings):
             self._state.awaited = self._state.awaited.check_all_set()
         if stand_ins is None:
             self._recent = selection = self._selection(present)
+            if new is None and self._state.entries is not held:  # another thread has added to them
+                self._recent = None
         else:
             selection = selected(present, stand_ins)
         if any(entry.replaced for entry in present):
@@ -572,10 +768,13 @@ class Engine(Settings):
         selection = self._selection((entry,))
         gradients = backend.gather(selection, [backend.gradient(gradient, entry)])
         functions = backend.functions
+        updates = self.iterations
+        if entry.since is not None:
+            updates = updates_since(functions, updates, backend.value(entry.since))
         rule_c = self.coefficients(
             functions,
             backend.rate(learning_rate),
-            (self.iterations + 1) / 1,
+            (updates + 1) / 1,
             *self.numbers(functions, *hyperparameters),
         )
         group = Group(_UPDATE, rule, selection, checked(rule, rule_c), PassCoefficients())
@@ -654,6 +853,7 @@ class Engine(Settings):
             "_latest": None,
             "_excluded_variables": [],
             "_excluded_exact": self._excluded_by_name(),
+            "_extended_names": self._extension_names(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

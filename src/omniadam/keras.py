@@ -7,13 +7,14 @@ makes the step in one sweep.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 from operator import is_
 from typing import Any, Never, Self
 
@@ -29,10 +30,10 @@ with versions.imported(
 from .adam import AdamEngine
 from .backends.base import Entry, Selection
 from .backends.keras import KerasVariables, native, settle
-from .engine import selected
+from .engine import as_list, selected
 from .schedules import LearningRate
 from .settings import as_it_is
-from .state import State, UniqueNames, host
+from .state import State, UniqueNames, host, names_of
 
 __all__ = ["Adam", "AdamW"]
 
@@ -214,13 +215,118 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             with self._unbuilt_on_error():
                 self._look_for_overrides()
                 self._engine._reread()
-                entries = self._engine.described(variables) if variables else None
-                super().build(variables)
-                if entries is None:
+                if not variables:
+                    super().build(variables)
                     self.built: bool = False
-                else:
-                    self._engine.adopt(*entries)
-                    self._engine.fill(is_complete=type(self).build is Adam.build)
+                    return
+                backend, entries = self._engine.described(variables)
+                first, later = self._engine._in_parts(entries)
+                super().build([entry.key for entry in first])
+                for part in later:
+                    count = self._add_extension([entry.key for entry in part], -1)
+                    self._engine.note_extension(backend, part, count)
+                self._put_in_order(variables)
+                self._engine.adopt(backend, [*first, *chain.from_iterable(later)])
+                self._engine.fill(is_complete=type(self).build is Adam.build)
+
+    def extend(self, variables: Any) -> None:
+        """Add variables to a built optimizer, as after unfreezing a layer; before, build it.
+
+        It is `omniadam.Adam.extend`: the others keep their state, and the new ones begin as those
+        of a new optimizer do. Between two calls of `fit` nothing else is needed: the model is not
+        compiled again, as that would not keep what an optimizer by name has learned, and its
+        function of one step is made anew.
+
+        Args:
+            variables: list of variables, or a mapping whose values they are (their names are
+                their paths): all that are trained now, as `model.trainable_variables`, or those
+                that are new.
+
+        Raises:
+            TypeError, ValueError: as `build`; or if a new variable has the path of another; inside
+                of a function that is compiled; or if a subclass overrides parts of Keras's step,
+                which knows one count for all. Nothing has been changed then.
+
+        Example:
+            >>> import keras, numpy as np
+            >>> import omniadam.keras
+            >>> head, body = (keras.Variable([1.0], name=name) for name in ("head", "body"))
+            >>> opt = omniadam.keras.Adam(learning_rate=0.1)
+            >>> for _ in range(9):
+            ...     opt.apply([np.ones(1, "float32")], [head])
+            >>> opt.extend([body, head])
+            >>> opt.apply([np.ones(1, "float32")] * 2)
+            >>> [round(float(v.value[0]), 3) for v in (head, body)]
+            [0.0, 0.9]
+        """
+        variables = as_list(variables)
+        with self._engine._building:
+            if not self.built:
+                self.build(variables)
+                return
+            later = self._engine.described_later(variables)
+            if not later:
+                return
+            since = self._engine.present_iterations()
+            with self._unbuilt_on_error():
+                count = self._add_extension([entry.key for entry in later], since)
+                self._put_in_order(self._engine.adopt_later(later, count, variables))
+        for user in _users_of(self):
+            if isinstance(user, keras.Model):
+                user.make_train_function(force=True)
+            else:
+                object.__setattr__(user, "_trainable_variables", self._trainable_variables)
+
+    def _add_extension(self, variables: list[Any], since: int) -> Any:
+        """Create the state of variables that are added, behind all other; the count of them."""
+        self._check_extensible()
+        names = UniqueNames(variable.name for variable in self._variables)
+        count = self.add_variable(
+            (), "zeros", "int", aggregation="only_first_replica", name=names.unique("extension")
+        )
+        count.assign(since)
+        position = len(self._momentums)
+        if self.use_ema:
+            averages = self.add_optimizer_variables(variables, "average")
+            for average, variable in zip(averages, variables, strict=True):
+                if average is not None:  # what the variable would be set to before the first step
+                    average.assign(_copied(variable))
+            self._model_variables_moving_average.extend(averages)
+        if self.gradient_accumulation_steps:
+            for variable in variables:
+                accumulator = self.add_variable_from_reference(variable, "gradient_accumulator")
+                self._accumulated_gradients.append(accumulator)
+        momentums, velocities = self.add_optimizer_variables(variables, ["momentum", "velocity"])
+        self._momentums.extend(momentums)
+        self._velocities.extend(velocities)
+        if self.amsgrad:
+            self._velocity_hats.extend(self.add_optimizer_variables(variables, "velocity_hat"))
+        for i, variable in enumerate(variables, position):
+            self._trainable_variables_indices[self._var_key(variable)] = i
+        return count
+
+    def _put_in_order(self, variables: list[Any]) -> None:
+        """Take variables in this order in `apply` without them, and in `stateless_apply`."""
+        # Not tracked, as in Keras: they are the model's.
+        object.__setattr__(self, "_trainable_variables", variables)
+
+    def _check_extensible(self) -> None:
+        if self._overridden:
+            raise ValueError(
+                f"{type(self).__name__} overrides {sorted(self._overridden)}, so that Keras's own "
+                "step is made, which counts the steps of all variables alike: none can be added. "
+                "Create a new optimizer for all variables."
+            )
+
+    def _check_variables_are_known(self, variables: Sequence[Any]) -> None:
+        for variable in variables:
+            if self._var_key(variable) not in self._trainable_variables_indices:
+                raise ValueError(
+                    f"Unknown variable: '{_path(variable)}' of shape {tuple(variable.shape)}. This "
+                    f"optimizer was built with {len(self._trainable_variables)} variables: "
+                    f"{names_of(self._engine._state.entries)}. Add others, as after unfreezing a "
+                    "layer, by optimizer.extend(model.trainable_variables), which keeps all state."
+                )
 
     def add_variable(
         self,
@@ -347,7 +453,16 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         if _IN_PLACE:
             optimizer_variables = list(map(_copied, optimizer_variables))
             trainable_variables = list(map(_copied, trainable_variables))
+        if self.built and len(trainable_variables) != len(self._trainable_variables):
+            raise ValueError(
+                "`trainable_variables` must have one value for each of the "
+                f"{len(self._trainable_variables)} variables the optimizer was built with: "
+                f"{names_of(self._engine._state.entries)}. Received {len(trainable_variables)}. "
+                "Add others, as after unfreezing a layer, by "
+                "optimizer.extend(model.trainable_variables), which keeps all state."
+            )
         new: tuple[list[Any], list[Any]]
+        self._engine.note_given_away()
         with self._engine.stateless():
             new = super().stateless_apply(optimizer_variables, grads, trainable_variables)
         return new
@@ -442,7 +557,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return reduced if awaited is None else (_waiting, (*reduced, awaited))
 
     def get_config(self) -> dict[str, Any]:
-        """The settings, as in Keras, and what is excluded from weight decay, if anything is.
+        """The settings, as in Keras, and what is excluded from weight decay, if anything is, and
+        which variables were added by `extend`, if any were.
 
         `epsilon_hat` is among them where it is False, which Keras does not know.
 
@@ -453,6 +569,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         if not self.epsilon_hat:
             config["epsilon_hat"] = False
         config.update(self._engine.exclusion())
+        if extensions := self._engine._extension_names():
+            config["extensions"] = [list(names) for names in extensions]
         return config
 
     @classmethod
@@ -470,7 +588,9 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         """
         config = dict(config)
         excluded = config.pop("exclude_from_weight_decay", None)
+        extensions = config.pop("extensions", ())
         optimizer: Self = super().from_config(config, custom_objects)
+        optimizer._engine._extended_names = tuple(map(tuple, extensions))
         if excluded:
             optimizer._engine.exclude(excluded)
         return optimizer
@@ -586,6 +706,9 @@ class _KerasEngine(AdamEngine):
         # By identity, variables of Keras's that are slots: with what for, and what they are.
         self._slots: dict[int, tuple[Any, Any, str]] = {}
         self._restored: Any = None  # the checkpoint before what waits for the build
+        # The value of the count when `stateless_apply` last returned what comes after it, which is
+        # another as soon as that is put in.
+        self._given_away: Any = None
         self._seen: list[Any] = [getattr(owner, name) for name in self._read_names]
         super().__init__(
             lambda: native(owner.learning_rate),
@@ -610,8 +733,12 @@ class _KerasEngine(AdamEngine):
         backend = KerasVariables.over(variables)
         entries = [backend.describe(variable, _path(variable)) for variable in variables]
         backend.check_distinct(entries)
+        self._decide_decay_among(entries, entries)
+        return backend, entries
+
+    def _decide_decay_among(self, entries: Sequence[Entry], every: Sequence[Entry]) -> None:
         excluded = set(map(id, self._excluded_variables))
-        paths = [entry.name for entry in entries]
+        paths = [entry.name for entry in every]
         exact = {_found(path, paths) for path in self._excluded_exact}
         for entry in entries:
             entry.decayed = not (
@@ -619,18 +746,101 @@ class _KerasEngine(AdamEngine):
                 or entry.name in exact
                 or any(re.search(pattern, entry.name) for pattern in self._excluded_names)
             )
-        return backend, entries
 
-    def adopt(self, backend: Any, entries: list[Entry]) -> None:
+    def described_later(self, variables: list[Any]) -> list[Entry]:
+        """Entries for those that are new and may be added; nothing is changed yet."""
+        entries, backend = self._state.entries, self._state.backend
+        assert backend is not None
+        known = {id(entry.key) for entry in entries}
+        new = [variable for variable in variables if id(variable) not in known]
+        if not new:
+            return []
+        self._owner._check_extensible()
+        backend.check_untraced("`extend` with new variables")
+        self._library_of([entries[0].key, *new], None)
+        taken, paths = {entry.name for entry in entries}, list(map(_path, new))
+        for path in paths:
+            if path in taken:
+                raise ValueError(
+                    f"A variable that is added must have a path of its own. Received '{path}', "
+                    "which is the path of another variable of this optimizer. Give its layer "
+                    "another name; or create a new optimizer, if it takes the place of that."
+                )
+        later = list(self._entries_of(backend, new, paths, is_named=False))
+        if _IN_PLACE:
+            self._locate(entries)
+        backend.check_distinct((*entries, *later))
+        self._decide_decay_among(later, (*entries, *later))
+        return later
+
+    def present_iterations(self) -> int:
+        """The `iterations`; -1 if the user may have a state in hand that is ahead."""
+        count = self._count()
+        if count is None:
+            raise ValueError(
+                "`extend` must be called between two calls of `fit`: during one, Keras's trainer "
+                "on JAX has the state of the optimizer in hand."
+            )
+        calls = 0 if count is self._given_away else int(keras.ops.convert_to_numpy(count))
+        return calls // (self._owner.gradient_accumulation_steps or 1) if calls else -1
+
+    def note_given_away(self) -> None:
+        """Note that somebody is told the state that comes after this one."""
+        self._given_away = self._count()
+
+    def _count(self) -> Any:
+        """The value of the count; None while Keras's trainer has it, and will put it back."""
+        try:
+            return native(self._owner._iterations)
+        except TypeError:
+            return None
+
+    def note_extension(self, backend: Any, part: Sequence[Entry], count: Any) -> None:
+        """Note with which count entries were added."""
+        since = self._held(backend, count)
+        for entry in part:
+            entry.since = since
+        self._state.extensions = (*self._state.extensions, tuple(part))
+
+    def adopt_later(self, later: Sequence[Entry], count: Any, variables: list[Any]) -> list[Any]:
+        """Take over the state of those that were added.
+
+        Returns:
+            All variables in the order that the user lists them; if some are missing there, new ones
+            come last.
+        """
+        self.note_extension(self._state.backend, later, count)
+        self._forget()
+        self.adopt(self._state.backend, (*self._state.entries, *later))
+        every = [*self._owner._trainable_variables, *(entry.key for entry in later)]
+        given = {id(variable): variable for variable in variables}
+        return list(given.values()) if given.keys() >= set(map(id, every)) else every
+
+    @staticmethod
+    def _held(backend: Any, variable: Any) -> Any:
+        """A counter as the backend takes it."""
+        return variable if backend.holder is None else backend.holder(variable)
+
+    def _in_parts(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
+        # A model that is loaded may have shorter paths. Layers that were frozen again are not
+        # trained: Keras says then that the state in the file is for others.
+        paths = [entry.name for entry in entries]
+        now = [[_sought(path, paths) for path in part] for part in self._extended_names]
+        self._extended_names = tuple(tuple(path for path in part if path) for part in now)
+        parts = super()._in_parts(entries)
+        self._extended_names = ()
+        return parts
+
+    def adopt(self, backend: Any, entries: Sequence[Entry]) -> None:
         """Take over the state that Keras has created for these variables."""
-        self._state.backend, self._state.entries = backend, tuple(entries)
+        state = self._state
+        state.backend, state.entries = backend, tuple(entries)
         for variable in self._owner._variables:
             settle(variable)
-        count = self._owner._iterations
-        self._state.iteration = count if backend.holder is None else backend.holder(count)
-        self._locate(self._state.entries)
+        state.iteration = self._held(backend, self._owner._iterations)
+        self._locate(state.entries)
         if backend.holder is not None:
-            backend.prefer_kernels([entry.variable for entry in entries])
+            backend.prefer_kernels([entry.variable for entry in state.entries])
         self.built = True
 
     # --- state as a whole ---
@@ -846,7 +1056,7 @@ def _path(variable: Any) -> str:
     return str(getattr(variable, "path", None) or variable.name)
 
 
-def _found(path: str, paths: Sequence[str]) -> str:
+def _sought(path: str, paths: Sequence[str]) -> str | None:
     """The path now of a variable that had this one: in a model that is loaded it is shorter."""
 
     def is_tail(short: str, long: str) -> bool:
@@ -856,12 +1066,33 @@ def _found(path: str, paths: Sequence[str]) -> str:
     if tails:
         return max(tails, key=len)
     longer = {each for each in paths if is_tail(path, each)}
-    if len(longer) != 1:
+    return longer.pop() if len(longer) == 1 else None
+
+
+def _found(path: str, paths: Sequence[str]) -> str:
+    """The same of a variable that must be there."""
+    found = _sought(path, paths)
+    if found is None:
         raise ValueError(
             f"Variable '{path}' was excluded from weight decay, and it cannot be told which it is "
             f"among {list(paths)}. Exclude it by exclude_from_weight_decay() again."
         )
-    return longer.pop()
+    return found
+
+
+def _users_of(optimizer: Any) -> list[Any]:
+    """What knows the variables that an optimizer had: the models that are compiled with it and have
+    a function that makes a step, and each LossScaleOptimizer around it.
+
+    Keras does not tell an optimizer of them. On TensorFlow such a function is one of the variables
+    that were trained when it was first called.
+    """
+    kinds = keras.Model, keras.optimizers.LossScaleOptimizer
+    every = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    wrappers = [each for each in every if vars(each).get("inner_optimizer") is optimizer]
+    owners = {id(optimizer), *map(id, wrappers)}
+    models = [each for each in every if id(vars(each).get("optimizer")) in owners]
+    return wrappers + [each for each in models if vars(each).get("train_function") is not None]
 
 
 def _itself(variable: Any) -> Any:

@@ -349,6 +349,7 @@ class Optimizer(Engine, options.LeadsOn):
             )
         backend, entries = self._state.backend, self._state.entries
         assert backend is not None
+        self._state.is_given_away = True
 
         def examined(gradients: list[Any]) -> tuple[Selection, list[Any]]:
             present, checked = self._present(backend, entries, gradients, depth=5)
@@ -552,7 +553,9 @@ class Optimizer(Engine, options.LeadsOn):
         Returns:
             A dictionary with Keras's keys and values. It can be written as JSON unless a setting
             is a callable. What is excluded from weight decay, if anything is, stands under one
-            more key, "exclude_from_weight_decay".
+            more key, "exclude_from_weight_decay"; and the names of the variables that were added
+            by `extend`, if any were, under "extensions": what is built with all variables, in
+            whichever order, then keeps its state in the same one.
 
         Raises:
             ValueError: if variables were excluded from weight decay by `var_list` and the
@@ -567,6 +570,8 @@ class Optimizer(Engine, options.LeadsOn):
                 "var_names": list(self._excluded_names),
                 "variables": list(exact),
             }
+        if extensions := self._extension_names():
+            config["extensions"] = [list(names) for names in extensions]
         return config
 
     def _settings(self) -> dict[str, Any]:
@@ -594,6 +599,7 @@ class Optimizer(Engine, options.LeadsOn):
         """
         config = dict(config)
         excluded = config.pop("exclude_from_weight_decay", None)
+        extensions = config.pop("extensions", ())
         rate = config.get("learning_rate")
         if isinstance(rate, Mapping):
             config["learning_rate"] = schedules.deserialize(rate, custom_objects)
@@ -604,6 +610,7 @@ class Optimizer(Engine, options.LeadsOn):
         if excluded:
             optimizer.exclude_from_weight_decay(var_names=excluded["var_names"])
             optimizer._excluded_exact = tuple(excluded["variables"])
+        optimizer._extended_names = tuple(map(tuple, extensions))
         return optimizer
 
     def __repr__(self) -> str:

@@ -289,13 +289,14 @@ class Elsewhere:
 
     Args:
         interface: which has it.
+        hint: what does it here, if anything does.
     """
 
-    def __init__(self, interface: str) -> None:
-        self._interface = interface
+    def __init__(self, interface: str, hint: str = "") -> None:
+        self._interface, self._hint = interface, hint
 
     def __repr__(self) -> str:
-        return f"<none here. {instead(self._interface)}>"
+        return f"<none here. {self._hint or instead(self._interface)}>"
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -303,9 +304,8 @@ class Elsewhere:
     def __get__(self, instance: Any, owner: type | None = None) -> NoReturn:
         kind = owner or type(instance)
         what = f"type object '{kind.__name__}'" if instance is None else f"'{kind.__name__}' object"
-        raise AttributeError(
-            f"{what} has no attribute '{self._name}'. {instead(self._interface, kind.__name__)}"
-        )
+        hint = self._hint or instead(self._interface, kind.__name__)
+        raise AttributeError(f"{what} has no attribute '{self._name}'. {hint}")
 
 
 class LeadsOn:

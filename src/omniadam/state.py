@@ -23,6 +23,11 @@ class State:
     Before there are variables, counters are NumPy arrays; then they are the variables' library's.
     """
 
+    # The entries of each extension, in the order of their state.
+    extensions: tuple[tuple[Entry, ...], ...] = ()
+    # Whether `stateless_apply` has returned what comes after it.
+    is_given_away = False
+
     def __init__(self) -> None:
         self.backend: Backend | None = None  # of the variables
         self.entries: tuple[Entry, ...] = ()
@@ -112,7 +117,8 @@ class State:
                 f"Unknown variable: {received(variable)} of shape "
                 f"{getattr(variable, 'shape', 'unknown')}. This optimizer was built with "
                 f"{len(self.entries)} variables: {names_of(self.entries)}. It works on these "
-                "objects only; create a new optimizer for others."
+                "objects only: add others by extend(variables), or create a new optimizer for "
+                "them."
             )
         return found
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from .backends.base import Backend, Entry, Group, Selection
+from .backends.base import Backend, Entry, Group, Part, Selection
 from .rule import (
     NOTHING,
     Pass,
@@ -118,9 +118,7 @@ def pass_coefficients(
     """
     momentum, fresh, overwrite = 0.0, 1.0, 0.0
     if kind.averaged:
-        # The first average is the variable itself, not a step from zero towards it.
-        momentum = functions.where(updates < 1, 0.0, settings.momentum)
-        fresh = functions.where(updates < 1, 1.0, settings.fresh)
+        momentum, fresh = average_weights(functions, settings, updates)
         if overwrite_every is not None:
             overwrite = functions.where((updates + 1) % overwrite_every < 1, 1.0, 0.0)
     decay = settings.weight_decay * rate if kind.decayed else 0.0
@@ -135,6 +133,34 @@ def pass_coefficients(
         overwrite,
         0.0,
     )
+
+
+def average_weights(functions: Any, settings: StepSettings, steps: Any) -> tuple[Any, Any]:
+    """What an average weighs in the next one, and its variable, after so many steps."""
+    # The first average is the variable itself, not a step from zero towards it.
+    momentum = functions.where(steps < 1, 0.0, settings.momentum)
+    return momentum, functions.where(steps < 1, 1.0, settings.fresh)
+
+
+def updates_since(functions: Any, updates: Any, since: Any) -> Any:
+    """How many steps there were, of those since the `iterations` when variables were added.
+
+    None, too, where a count was set back to before that, or where it is not known yet: see
+    `Backend.begun`.
+    """
+    # Divided, so that a traced count becomes a float in every library.
+    after = functions.maximum((updates - since) / 1, 0.0)
+    return functions.where(since < 0, 0.0, after)
+
+
+class Share(NamedTuple):
+    """The part of a step that is of variables which were added at once."""
+
+    selection: Selection
+    gradients: Any  # as they were gathered
+    pass_c: PassCoefficients
+    updates: Any  # how many steps of them there were before this one
+    positions: Sequence[int]  # in the whole, of those with gradients
 
 
 def checked(rule: Rule, coefficients: Sequence[Any]) -> Sequence[Any]:
@@ -195,37 +221,82 @@ class Step(NamedTuple):
         pass_c = pass_coefficients(
             functions, passes.step, self.settings, rate, updates, n, self.overwrite_every
         )
+        shares: Sequence[Share] = ()
+        if parts := selection.parts:
+            shares = [self._share(backend, part, gradients, pass_c, updates) for part in parts]
 
         def update() -> None:
             factors = self.factors(backend, selection, gradients, pass_c)
-            if self.update is None:
-                # Divided, so that a traced count becomes a float in every library.
-                t = (updates + 1) / 1
-                rule_c = self.coefficients(functions, rate, t, *self.rule_numbers)
-                rule_c = checked(self.rule, rule_c)
-                group = Group(passes.step, self.rule, selection, rule_c, pass_c, factors)
-                backend.sweep(group, gradients)
-            else:
-                group = Group(passes.step, NOTHING, selection, (), pass_c, factors)
-                one = self.update
-                backend.update_each(group, gradients, lambda g, entry: one(g, entry, rate))
+            if not shares:
+                self._update(backend, selection, gradients, pass_c, updates, factors, rate)
+            for share in shares:
+                chosen = [factors[i] for i in share.positions] if len(factors) else factors
+                if share.selection.entries:
+                    self._update(backend, *share[:4], chosen, rate)
             # As in Keras, what had accumulated for a variable that now has no gradient is dropped.
             if n:
                 backend.clear(selection, gradients)
 
+        def sweep(kind: Pass) -> None:
+            if not shares:
+                backend.sweep(Group(kind, NOTHING, selection, (), pass_c), gradients)
+            for share in shares:
+                group = Group(kind, NOTHING, share.selection, (), share.pass_c)
+                if group.entries:
+                    backend.sweep(group, share.gradients)
+
         if n:
-            accumulating = Group(passes.micro_step, NOTHING, selection, (), pass_c)
             backend.branch(
                 (calls + 1) % n < 1,  # in a graph of TensorFlow 1, == compares objects
                 update,
-                lambda: backend.sweep(accumulating, gradients),
+                lambda: sweep(passes.micro_step),
             )
         else:
             update()
         if passes.step.averaged and selection.rest:
-            backend.sweep(Group(passes.average, NOTHING, selection, (), pass_c), gradients)
+            sweep(passes.average)
         if selection.constrained:
             backend.constrain_within(selection.constrained)
+
+    def _update(
+        self,
+        backend: Backend,
+        selection: Selection,
+        gradients: Any,
+        pass_c: PassCoefficients,
+        updates: Any,
+        factors: Sequence[Any],
+        rate: Any,
+    ) -> None:
+        """The pass that makes a step, after so many others."""
+        kind, one = self.passes.step, self.update
+        if one is None:
+            # Divided, so that a traced count becomes a float in every library.
+            t = (updates + 1) / 1
+            rule_c = self.coefficients(backend.functions, rate, t, *self.rule_numbers)
+            rule_c = checked(self.rule, rule_c)
+            backend.sweep(Group(kind, self.rule, selection, rule_c, pass_c, factors), gradients)
+        else:
+            group = Group(kind, NOTHING, selection, (), pass_c, factors)
+            backend.update_each(group, gradients, lambda g, entry: one(g, entry, rate))
+
+    def _share(
+        self,
+        backend: Backend,
+        part: Part,
+        gradients: Any,
+        pass_c: PassCoefficients,
+        updates: Any,
+    ) -> Share:
+        """What is of a part of the selection: its steps are counted from when it was added."""
+        own, functions = backend.part(gradients, part), backend.functions
+        if part.since is not None:
+            since = backend.begun(part.since, updates, own)
+            updates = updates_since(functions, updates, since)
+            if self.passes.step.averaged:
+                momentum, fresh = average_weights(functions, self.settings, updates)
+                pass_c = pass_c._replace(momentum=momentum, one_minus_momentum=fresh)
+        return Share(part.selection, own, pass_c, updates, part.positions)
 
     def factors(
         self, backend: Backend, selection: Selection, gradients: Any, pass_c: PassCoefficients

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, repeat
 from operator import is_, itemgetter, setitem
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -189,6 +189,13 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         )
         if fused:  # else a GradScaler unscales by itself, in a pass of its own
             self._step_supports_amp_scaling = _is_grad_scaler_known()
+
+    if not TYPE_CHECKING:
+        extend = options.Elsewhere(
+            "torch",
+            "PyTorch's way is add_param_group({'params': [...]}): the new parameters have no state "
+            "yet, so that their own count of steps begins at 1, and the others keep theirs.",
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own, as in torch.optim.

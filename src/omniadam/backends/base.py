@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +41,8 @@ class Entry:
     average: Any = None
     # Of a Keras variable: whether its gradient is its new value.
     replaced: bool = False
+    # The state variable that holds the `iterations` when it was added; None if that was the build.
+    since: Any = None
     # A function of its new value that it is set to at the end of each step.
     constraint: Callable[[Any], Any] | None = None
     # What the user knows the variable by: the variable itself, or what it was taken out of.
@@ -92,6 +95,35 @@ class Selection:
 
     def __post_init__(self) -> None:
         self.constrained = tuple(e for e in self.entries if e.constraint is not None)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """By when entries were added, if any of them came after the build; else nothing."""
+        every = (*self.entries, *self.rest)
+        since = {id(e.since): e.since for e in every}
+        if all(each is None for each in since.values()):
+            return ()
+        return tuple(Part.of(self, each) for each in since.values())
+
+
+class Part(NamedTuple):
+    """The entries of a selection that were added at once, whose steps are counted alike."""
+
+    since: Any  # as of an `Entry`
+    selection: Selection
+    # Their positions in the whole: of those with gradients, and of the rest.
+    positions: tuple[int, ...]
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, whole: Selection, since: Any) -> Part:
+        """The part of a selection that this state variable is for."""
+        chosen, rest = (
+            {i: entry for i, entry in enumerate(entries) if entry.since is since}
+            for entries in (whole.entries, whole.rest)
+        )
+        selection = Selection(tuple(chosen.values()), tuple(rest.values()))
+        return cls(since, selection, tuple(chosen), tuple(rest))
 
 
 class Group(NamedTuple):
@@ -313,6 +345,10 @@ class Backend(ABC):
         """
         return None
 
+    def stands_for(self, variable: Any, entry: Entry) -> bool:
+        """Whether a variable under the name of an entry is the same one, though another object."""
+        return False
+
     def check_built(self, entries: Sequence[Entry]) -> None:
         """Raise an error if a variable is not any more what the optimizer was built with."""
         for entry in entries:
@@ -357,6 +393,25 @@ class Backend(ABC):
         """
         with self.step_in_turn():
             advance(selection, gradients, rate, step)
+
+    def part(self, gradients: Any, part: Part) -> Any:
+        """What was gathered for a selection, of one of its parts."""
+        return [gradients[i] for i in part.positions]
+
+    def begun(self, variable: Any, updates: Any, gradients: Any) -> Any:
+        """The `iterations` when variables were added, by the state variable that holds them.
+
+        While it is negative, that is not known: then it is `updates`, the present number, which is
+        stored as part of this step.
+        """
+        since = self.value(variable)
+        if since >= 0:
+            return since
+        self.assign(variable, updates)
+        return updates
+
+    def check_untraced(self, what: str) -> None:
+        """Raise ValueError in a function that is traced now, which what is done would outlive."""
 
     def untraced(self) -> AbstractContextManager[Any]:
         """In which what is assigned is no part of a function that is traced now."""

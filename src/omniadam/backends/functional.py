@@ -119,6 +119,18 @@ class Functional(Backend):
     def present(self, variable: Any) -> Any:
         return self.read(variable)
 
+    def is_symbolic(self, value: Any) -> bool:
+        """Whether Python cannot ask for a value, since it stands for one that comes later."""
+        return False
+
+    def begun(self, variable: Any, updates: Any, gradients: Any) -> Any:
+        since = self.value(variable)
+        if not self.is_symbolic(since):
+            return super().begun(variable, updates, gradients)
+        since = self.arrays.where(since < 0, updates, since)
+        self.assign(variable, since)
+        return since
+
     def assign(self, variable: Any, value: Any) -> None:
         self.write(variable, value)
 

@@ -20,7 +20,18 @@ from ..kernels import cpu, layout
 from ..kernels.cpu import HELPERS, SparseRows, Team, Work
 from ..kernels.layout import Odd, Operand, Plan, Region, in_order
 from ..rule import Pass, Rule, make_element, make_gradient
-from .base import Advance, Backend, Entry, Group, Latest, Overtaken, Selection, Stateless, Sums
+from .base import (
+    Advance,
+    Backend,
+    Entry,
+    Group,
+    Latest,
+    Overtaken,
+    Part,
+    Selection,
+    Stateless,
+    Sums,
+)
 
 Array = npt.NDArray[Any]
 
@@ -98,10 +109,28 @@ class Located:
     plans: dict[Any, Plans] = field(default_factory=dict)
     # Likewise beside some gradients that no kernel takes as they lie in memory.
     odd_plans: Latest = field(default_factory=lambda: Latest(_PLANS))
+    # Of the parts of the selection, by the identities of what they are known by.
+    parts: dict[int, Located] = field(default_factory=dict)
     # What tells that all is as it was, of the library's `Fast`.
     known: Any = None
     # What passes write to and must say so, by their identities (PyTorch).
     written: dict[Any, list[Any]] = field(default_factory=dict)
+
+    def part(self, part: Part, count: int) -> Located:
+        """The same of a part, of a selection with so many gradients."""
+        found = self.parts.get(id(part.since))
+        if found is None:
+            of_rest = [count + i for i in part.rest]
+            chosen = (*part.positions, *of_rest)
+            found = self.parts[id(part.since)] = Located(
+                self.places,
+                self.held,
+                self.memory,
+                [self.operands[i] for i in chosen],
+                [self.compiled[i] for i in chosen],
+                {k: self.odd_rest[i] for k, i in enumerate(part.rest) if i in self.odd_rest},
+            )
+        return found
 
 
 class Gradients:
@@ -196,6 +225,25 @@ class HostMemory(Backend):
         if self.fast is not None:
             self.fast.note(selection, gathered)
         return gathered
+
+    def part(self, gradients: Gradients, part: Part) -> Gradients:
+        positions, count = part.positions, len(gradients.native)
+        own = Gradients(
+            array("q", [gradients.addresses[i] for i in positions]),
+            [gradients.native[i] for i in positions],
+            {k: gradients.odd[i] for k, i in enumerate(positions) if i in gradients.odd},
+            gradients.located.part(part, count),
+        )
+        own.work = gradients.work
+        return own
+
+    def begun(self, variable: Any, updates: int, gradients: Gradients) -> int:
+        since: int = self.value(variable)
+        if since >= 0:
+            return since
+        assert gradients.work is not None
+        gradients.work.calls.append(self.writing(variable, updates))
+        return updates
 
     def is_located(self, selection: Selection) -> bool:
         """Whether a glance shows that everything lies where it did when it was located last."""

@@ -329,6 +329,16 @@ class JAX(Functional):
     def is_traced(self, value: Any) -> bool:
         return isinstance(value, Tracer)
 
+    def is_symbolic(self, value: Any) -> bool:
+        return True  # to compare arrays is an operation, which may be traced though they are not
+
+    def check_untraced(self, what: str) -> None:
+        if not self.nothing_is_traced():
+            raise ValueError(
+                f"{what} must be called outside of compiled functions, which its state would "
+                "outlive."
+            )
+
     def is_count(self, value: Any) -> bool:
         return bool(jnp.issubdtype(value.dtype, jnp.integer))
 
@@ -429,6 +439,14 @@ class JAX(Functional):
     def keeps_state(self) -> bool:
         """As of `Backend`."""
         return self._is_mutable
+
+    def stands_for(self, variable: Any, entry: Entry) -> bool:
+        # An array is a value: after each step a variable is another one.
+        is_array = not self._is_mutable and isinstance(variable, jax.Array)
+        return is_array and (tuple(variable.shape), str(variable.dtype)) == (
+            entry.shape,
+            entry.dtype,
+        )
 
     def _check_mutable(self) -> None:
         if not self._is_mutable:

@@ -217,6 +217,16 @@ class TensorFlow(Functional):
         # In a graph of TensorFlow 1 what is done at once is done in a session.
         return bool(tf.is_symbolic_tensor(value)) and not _in_graph_of_1()
 
+    def is_symbolic(self, value: Any) -> bool:
+        return bool(tf.is_symbolic_tensor(value))
+
+    def check_untraced(self, what: str) -> None:
+        if tf.inside_function():
+            raise ValueError(
+                f"{what} must be called outside of a tf.function, which its state would outlive, "
+                "and in which the variables have no values yet."
+            )
+
     def is_count(self, value: Any) -> bool:
         return bool(value.dtype.is_integer)
 
@@ -451,7 +461,9 @@ class TensorFlow(Functional):
         changed = self.changes(lambda: advance(selection, gradients, rate, step), selection, _APART)
         counts = [(variable, value) for variable, value in changed if self.is_count(value)]
         with self.step_in_turn():
-            if any(self.load(variable) + 1 != value for variable, value in counts):
+            # What is negative until now tells when variables were added: see `begun`.
+            now = [(self.load(variable), value) for variable, value in counts]
+            if any(before >= 0 and before + 1 != after for before, after in now):
                 return None
             self.store_all(changed)
         return self.counts_in(changed)

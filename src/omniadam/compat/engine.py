@@ -145,6 +145,18 @@ class OlderEngine(AdamEngine):
             with self._unbuilt_on_error():
                 self._grow(new)
 
+    def extend(self, variables: Any) -> None:
+        """As `include`, outside of functions that are traced, and of variables that have names."""
+        if self._state.backend is None:
+            self.build(variables)
+            return
+        later = self._described_later(variables)
+        if later:
+            with self._unbuilt_on_error():
+                self._state.hold((*self._state.entries, *later))
+                self._forget()
+                self._create_slots(later)
+
     def _grow(self, new: list[Any]) -> None:
         held = [entry.key for entry in self._state.entries]
         # Described together, so that all are of one library, and none is another.

@@ -305,6 +305,36 @@ class Adam(Older):
             aggregation=aggregation,
         )
 
+    def extend(self, variables: Any) -> None:
+        """Create the slots of variables that come later, as their first step does otherwise.
+
+        As in TensorFlow 2.0, one count of steps is of all variables: the bias correction of the
+        new ones is that of the others. `omniadam.Adam.extend` counts theirs from 1.
+
+        Args:
+            variables: list of variables, or a mapping from names to them. Those that have slots
+                are left alone.
+
+        Raises:
+            TypeError, ValueError: if a variable cannot be trained, shares memory with another, is
+                of another library, or has a name that is known; inside of a function that is
+                compiled. Nothing has been changed then.
+
+        Example:
+            >>> import numpy as np
+            >>> from omniadam.compat.optimizer_v2 import Adam
+            >>> opt, w, later = Adam(), np.zeros(2), np.zeros(3)
+            >>> steps = opt.apply_gradients([(np.ones(2), w)])
+            >>> opt.extend([w, later])
+            >>> [slot.shape for slot in opt.get_weights()]
+            [(), (2,), (2,), (3,), (3,)]
+        """
+        given = variables if isinstance(variables, Mapping) else as_list(variables)
+        if listed := as_list(given):
+            self._prepare(listed)
+            self._engine.extend(given)
+            self._create_slots(listed)
+
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the state to values as `get_weights` returns.
 

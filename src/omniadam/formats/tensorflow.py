@@ -207,8 +207,8 @@ class _Checkpoint:
         told = {children["_iterations"], rate, *(i for nodes in lists.values() for i in nodes)}
         if not {*self._list(children["_variables"])} <= told:
             raise ValueError(
-                "its optimizer keeps arrays of which a checkpoint does not tell what they are, such "
-                "as those of variables that were added by `extend`. A .keras file does"
+                "its optimizer keeps arrays of which a checkpoint does not tell what they are, "
+                "such as those of variables that were added by `extend`. A .keras file does"
             )
         return Held(
             UNKNOWN._replace(is_tf_keras=is_tf_keras),
