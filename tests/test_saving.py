@@ -665,3 +665,60 @@ assert omniadam.state_hash(other) == omniadam.state_hash(opt)
     # A tensor has 8 MiB, the state 192: two parts of a file that is read have 4 each.
     assert float(done.stdout) < 3 * 8, done.stdout
     assert re.match(r"\d", done.stdout)
+
+
+# --- variables that came later ---
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_extended_optimizers_go_on(library: str, path: Path) -> None:
+    """Whatever the order of the variables: loaded into one that is extended likewise, and before
+    the build, by a file alone and with settings of one's own.
+    """
+    make = LIBRARIES[library]
+    held = make()
+    opt = Adam(amsgrad=True, use_ema=True)
+    order = ["dense/bias", "dense/kernel", "none", "scale"]
+    first, second, third = order[:1], order[1:3], order[3:]
+    opt.build({name: held[name] for name in first})
+    opt.apply(grads(0, held_first := {n: held[n] for n in first}), list(held_first.values()))
+    opt.extend({name: held[name] for name in second})
+    some = {name: held[name] for name in first + second}
+    train(opt, some, 1, 3)
+    opt.extend({name: held[name] for name in third})
+    train(opt, held, 3, 5)
+    omniadam.save(opt, path)
+    stopped = {name: value(variable) for name, variable in held.items()}
+    train(opt, held, 5, 8)
+    early, alike = Adam(amsgrad=True, use_ema=True), Adam(amsgrad=True, use_ema=True)
+    omniadam.load(path, early)
+    others = make()
+    alike.build({name: others[name] for name in first})
+    alike.extend({name: others[name] for name in second})
+    alike.extend({name: others[name] for name in third})
+    omniadam.load(path, alike)
+    for again, own in (
+        (omniadam.from_file(path), make()),
+        (early, dict(reversed(make().items()))),
+        (alike, others),
+    ):
+        if again is not alike:
+            again.build(own)
+        put(own, {n: stopped[n] if library != "torch" else _tensor(stopped[n]) for n in own})
+        train(again, own, 5, 8)
+        assert values(own) == values(held)
+        assert omniadam.state_hash(again) == omniadam.state_hash(opt)
+    refused(path, built(make(), amsgrad=True, use_ema=True), "added by extension 1 in the file")
+
+
+def test_extended_ones_by_position(path: Path) -> None:
+    opt = Adam()
+    opt.build([a := np.ones(3)])
+    opt.apply([a])
+    opt.extend([b := np.ones(2)])
+    opt.apply([a, b], [a, b])
+    with pytest.warns(UserWarning, match="by='position'"):
+        omniadam.save(opt, path)
+    again = omniadam.from_file(path, by="position")
+    again.build([a.copy(), b.copy()])
+    assert omniadam.state_hash(again) == omniadam.state_hash(opt)

@@ -225,7 +225,7 @@ class Engine(Settings):
         return entries
 
     def _build(self, backend: Backend, entries: tuple[Entry, ...]) -> None:
-        first, later = self._in_parts(entries)
+        first, later = self._in_parts(backend, entries)
         state = self._state
         state.backend = backend
         state.hold(entries)
@@ -407,10 +407,16 @@ class Engine(Settings):
         held = tuple(tuple(entry.name for entry in part) for part in self._state.extensions)
         return held or self._extended_names
 
-    def _in_parts(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
-        """Which entries were built on first, and which were added then, by what a config says."""
-        later = []
-        for names in self._extended_names:
+    def _in_parts(
+        self, backend: Backend, entries: Sequence[Entry]
+    ) -> tuple[list[Entry], list[list[Entry]]]:
+        """Which entries were built on first, and which were added then, by what a config says, or
+        what is loaded and waits for them.
+        """
+        later, given = [], self._extended_names
+        if self._state.awaited is not None:
+            given = self._state.awaited.extensions(backend, entries) or given
+        for names in given:
             part = [entry for name in names for entry in entries if entry.name == name]
             if part and len(part) != len(names):
                 found = [entry.name for entry in part]

@@ -28,7 +28,7 @@ with versions.imported(
     import keras
 
 from .adam import AdamEngine
-from .backends.base import Entry, Selection
+from .backends.base import Backend, Entry, Selection
 from .backends.keras import KerasVariables, native, settle
 from .engine import as_list, selected
 from .schedules import LearningRate
@@ -220,7 +220,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
                     self.built: bool = False
                     return
                 backend, entries = self._engine.described(variables)
-                first, later = self._engine._in_parts(entries)
+                first, later = self._engine._in_parts(backend, entries)
                 super().build([entry.key for entry in first])
                 for part in later:
                     count = self._add_extension([entry.key for entry in part], -1)
@@ -821,13 +821,15 @@ class _KerasEngine(AdamEngine):
         """A counter as the backend takes it."""
         return variable if backend.holder is None else backend.holder(variable)
 
-    def _in_parts(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[list[Entry]]]:
+    def _in_parts(
+        self, backend: Backend, entries: Sequence[Entry]
+    ) -> tuple[list[Entry], list[list[Entry]]]:
         # A model that is loaded may have shorter paths. Layers that were frozen again are not
         # trained: Keras says then that the state in the file is for others.
         paths = [entry.name for entry in entries]
         now = [[_sought(path, paths) for path in part] for part in self._extended_names]
         self._extended_names = tuple(tuple(path for path in part if path) for part in now)
-        parts = super()._in_parts(entries)
+        parts = super()._in_parts(backend, entries)
         self._extended_names = ()
         return parts
 
@@ -853,6 +855,10 @@ class _KerasEngine(AdamEngine):
         unique = UniqueNames().unique
         entries = [replace(entry, name=unique(entry.name)) for entry in held.entries]
         state.hold(entries)
+        mine = {id(old): new for old, new in zip(held.entries, entries, strict=True)}
+        state.extensions = tuple(tuple(mine[id(e)] for e in part) for part in held.extensions)
+        # Which variable of Keras's is the count of an extension.
+        counts = {id(getattr(p[0].since, "owner", p[0].since)): p for p in state.extensions}
         names = {id(entry.key): entry.name for entry in entries}
         # On NumPy a variable has another array after each assignment.
         is_kept = keras.backend.backend() != "numpy"
@@ -868,6 +874,8 @@ class _KerasEngine(AdamEngine):
                 name, state.rate = "learning_rate", value
             else:
                 name = unique(name)
+                for entry in counts.get(id(variable), ()):
+                    entry.since = value
                 _, reference, word = self._slots.get(id(variable), (None, None, ""))
                 if id(reference) in names:
                     state.slots[name] = names[id(reference)], word

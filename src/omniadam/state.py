@@ -335,6 +335,10 @@ class Awaited(ABC):
             ValueError: if the values do not fit. The build is taken back then.
         """
 
+    def extensions(self, backend: Backend, entries: Sequence[Entry]) -> list[list[str]]:
+        """The names of the variables of each extension, if that is told by what waits."""
+        return []
+
     @abstractmethod
     def tracked(self, state: State, name: str, variable: Any) -> None:
         """A user's `build` has created a state variable: set it."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import schedules
+from ..backends.base import Backend, Entry
 from ..engine import Engine
 from ..state import Array, Awaited, State, host
 from . import matching, names
@@ -88,8 +89,11 @@ def contents(
     tensors = {ITERATION: _count_of(engine, given.get(id(held.iteration)))}
     called = called_in_files(held)
     slots: dict[str, dict[str, str]] = {name: {} for name, _ in called.values()}
+    counts = {id(part[0].since) for part in held.extensions}
     for name, (_, own) in names_in_files(engine):
         shape, dtype = held.form(own)
+        if id(own) in counts:
+            shape, dtype = (), np.dtype(np.int64)  # as the count of calls is
         read = _reader(backend, own, given[id(own)], shape, dtype)
         if name in tensors:
             raise ValueError(
@@ -99,10 +103,12 @@ def contents(
     for variable, word in held.slots.values():
         name, _ = called[variable]
         slots[name][word] = f"{name}.{word}"
+    later = {id(e): k for k, part in enumerate(held.extensions, 1) for e in part}
     variables = []
-    for entry in held.entries:
-        name, is_named = called[entry.name]
-        variables.append(Variable(name, entry.shape, entry.dtype, slots[name], is_named))
+    for e in held.entries:
+        name, is_named = called[e.name]
+        extension = later.get(id(e), 0)
+        variables.append(Variable(name, e.shape, e.dtype, slots[name], is_named, extension))
     return tuple(variables), tensors
 
 
@@ -110,22 +116,29 @@ def names_in_files(engine: Engine) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Of the state but the counters: its names in files, here, and the state variables."""
     held = engine._state
     called = called_in_files(held)
+    counts = {id(part[0].since): f"extension.{k}" for k, part in enumerate(held.extensions, 1)}
     for unique, own in held.named:
         if not held.is_counter(own):
             slot = held.slots.get(unique)
-            yield unique if slot is None else f"{called[slot[0]][0]}.{slot[1]}", (unique, own)
+            name = counts.get(id(own), unique)
+            yield name if slot is None else f"{called[slot[0]][0]}.{slot[1]}", (unique, own)
 
 
 def called_in_files(held: State) -> dict[str, tuple[str, bool]]:
     """By the names of variables here, those in files, and whether these are their user's."""
-    backend, given = held.backend, []
-    for entry in held.entries:
+    return called_of(held.backend, held.entries)
+
+
+def called_of(backend: Backend | None, entries: Sequence[Entry]) -> dict[str, tuple[str, bool]]:
+    """The same of entries that are still to be held."""
+    given = []
+    for entry in entries:
         # Keras and TensorFlow may have given the same name to several.
         own = None if entry.is_named or backend is None else backend.name_of(entry.key)
         given.append((own or entry.name, entry.is_named))
     return {
         entry.name: (name if is_named else entry.name, is_named)
-        for entry, (name, is_named) in zip(held.entries, names.in_files(given), strict=True)
+        for entry, (name, is_named) in zip(entries, names.in_files(given), strict=True)
     }
 
 
@@ -199,11 +212,32 @@ class Kept(Awaited):
         self._rest: dict[str, Tensor] = {}
         self._wrong = ""
 
+    def extensions(self, backend: Backend, entries: Sequence[Entry]) -> list[list[str]]:
+        """As of `Awaited`."""
+        called = called_of(backend, entries)
+        mine = [Variable(called[e.name][0], e.shape, e.dtype, {}) for e in entries]
+        theirs = self._fitted(mine).variables
+        at = {v.name: i for i, v in enumerate(mine)} if self._by == "name" else {}
+        parts: dict[int, list[str]] = {}
+        for i, variable in enumerate(theirs):
+            place = at.get(variable.name, len(entries)) if self._by == "name" else i
+            if variable.extension and place < len(entries):
+                parts.setdefault(variable.extension, []).append(entries[place].name)
+        return [parts[number] for number in sorted(parts)]
+
+    def _fitted(self, own: Sequence[Variable]) -> Snapshot:
+        """What is kept, with the names that variables have in this optimizer."""
+        return self.given
+
     def fill(self, engine: Engine, *, is_complete: bool) -> Kept | None:
         """As of `Awaited`."""
         own = Snapshot("", self.given.generation, {}, *contents(engine))
         found = matching.plan(
-            self.given, own, by=self._by, strict=self._strict, may_grow=not is_complete
+            self._fitted(own.variables),
+            own,
+            by=self._by,
+            strict=self._strict,
+            may_grow=not is_complete,
         )
         assign(engine, found.pairs)
         if is_complete:

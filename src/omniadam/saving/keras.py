@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from . import engine, matching
 from .engine import Kept
 from .matching import Left
 from .optimizers import kind_of
-from .snapshot import KERAS, Snapshot
+from .snapshot import KERAS, Snapshot, Variable
 
 
 def turn(optimizer: Any) -> Any:
@@ -56,7 +56,7 @@ def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
         seen = inner.seen()
         own = Snapshot(kind_of(optimizer), KERAS, _settings(optimizer), *engine.contents(seen))
         if inner.built:
-            found = _renamed(given, own) if by == "name" else given
+            found = _renamed(given, own.variables) if by == "name" else given
             pairs, left, _ = matching.plan(found, own, by=by, strict=strict)
             set_counters = engine.counters(seen, given)
             engine.assign(seen, pairs)
@@ -81,22 +81,16 @@ def _settings(optimizer: Any) -> Mapping[str, Any]:
 class KeptForKeras(Kept):
     """The state of a file, for an optimizer of Keras that is not built yet."""
 
-    def fill(self, engine_: Any, *, is_complete: bool) -> Kept | None:
-        """As of `Awaited`."""
-        if self._by == "position":
-            return super().fill(engine_, is_complete=is_complete)
-        own = Snapshot("", KERAS, {}, *engine.contents(engine_))
-        return Kept(_renamed(self.given, own), self._by, self._strict).fill(
-            engine_, is_complete=is_complete
-        )
+    def _fitted(self, own: Sequence[Variable]) -> Snapshot:
+        return _renamed(self.given, own) if self._by == "name" else self.given
 
 
-def _renamed(given: Snapshot, own: Snapshot) -> Snapshot:
+def _renamed(given: Snapshot, own: Sequence[Variable]) -> Snapshot:
     """A file with the names that its variables have here: those that both have, and of the others
     those that one is the end of the other: Keras leaves the model's name out of the paths in a
     model that is loaded.
     """
-    theirs, ours = ({v.name for v in each.variables if v.is_named} for each in (given, own))
+    theirs, ours = ({v.name for v in each if v.is_named} for each in (given.variables, own))
     rest = {name: [o for o in ours - theirs if _is_tail(name, o)] for name in theirs - ours}
     times = [o for found in rest.values() for o in found]
     names = {n: o[0] for n, o in rest.items() if len(o) == 1 and times.count(o[0]) == 1}
