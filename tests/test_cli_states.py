@@ -491,21 +491,18 @@ def test_convert(tmp_path: Path) -> None:
 
 
 def test_files_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of `omniadam.formats` and `saving.translate`; each has tests of its own."""
+    """What is asked of `omniadam.formats`, which has tests of its own."""
     asked: list[Any] = []
 
     def given(snapshot: Snapshot) -> str:
         return "".join(str(tensor.read().size) for tensor in snapshot.tensors.values())
 
     formats: Any = ModuleType("omniadam.formats")
-    formats.read = lambda *a: asked.append(("read", *a)) or made({"w": {"momentum": np.ones(2)}})
+    held = made({"w": {"momentum": np.ones(2)}}, settings={"weight_decay": 0.5})
+    formats.read = lambda *a: asked.append(("read", *a)) or held
     formats.write = lambda state, *a: asked.append(("write", given(state), *a))
     formats.write_into = lambda state, *a: asked.append(("into", given(state), *a))
-    translate: Any = ModuleType("omniadam.saving.translate")
-    translate.translated = lambda state, kind: replace(state, kind=kind)
     monkeypatch.setitem(sys.modules, "omniadam.formats", formats)
-    monkeypatch.setattr(omniadam, "formats", formats, raising=False)
-    monkeypatch.setitem(sys.modules, "omniadam.saving.translate", translate)
     source, target = tmp_path / "a.pt", tmp_path / "b.pt"
     source.write_bytes(b"some archive")
     said = ["--key", "model.optimizer", "--setting", "use_ema=true"]
@@ -539,6 +536,41 @@ def test_files_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.err == (
         f"Error: {source}: torch is not installed: pip install 'omniadam[torch]'\n"
     )
+
+
+@pytest.mark.needs("torch")
+def test_pytorch_and_back(tmp_path: Path) -> None:
+    """A run of torch.optim goes on in NumPy, and then in PyTorch, with PyTorch's numbers."""
+    import torch
+
+    def gradient(step: int) -> Array:
+        return np.asarray(np.random.default_rng(step).normal(size=3) * 1e-8, np.float32)
+
+    parameter = torch.zeros(3)
+    theirs = torch.optim.Adam([("w", parameter)], lr=0.1)
+    for step in range(2):
+        parameter.grad = torch.from_numpy(gradient(step))
+        theirs.step()
+    source, ours, back = (tmp_path / name for name in ("a.pt", "b.safetensors", "c.pt"))
+    torch.save({"model": {}, "optimizer": theirs.state_dict()}, source)
+    assert call("inspect", source, "--json").json["iterations"] == 2
+    to_ours = call("convert", source, ours, "--key", "optimizer", "--as", "omniadam.Adam")
+    assert (to_ours.status, to_ours.err) == (0, "")
+    w, opt = parameter.numpy().copy(), omniadam.from_file(ours)
+    opt.apply([gradient(2)], {"w": w})
+    parameter.grad = torch.from_numpy(gradient(2))
+    theirs.step()
+    np.testing.assert_allclose(w, parameter.numpy(), rtol=1e-6)
+    omniadam.save(opt, ours)
+    assert call("convert", ours, back, "--as", "omniadam.torch.Adam").status == 0
+    again = torch.optim.Adam([("w", p := torch.from_numpy(w))], lr=0.1)
+    again.load_state_dict(torch.load(back, weights_only=True))
+    for each, of in (parameter, theirs), (p, again):
+        each.grad = torch.from_numpy(gradient(3))
+        of.step()
+    np.testing.assert_allclose(p.numpy(), parameter.numpy(), rtol=1e-6)
+    assert call("diff", ours, back, "--as", "omniadam.Adam").status == 0
+    assert call("diff", ours, back).status == 1
 
 
 def test_settings_that_a_file_does_not_tell(tmp_path: Path) -> None:

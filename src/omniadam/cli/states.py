@@ -17,7 +17,7 @@ from typing import Any
 from omniadam import schedules
 from omniadam.cli import measures
 from omniadam.cli.measures import Difference, Measures, Place
-from omniadam.saving import file, matching
+from omniadam.saving import file, matching, translate
 from omniadam.saving.snapshot import ITERATION, Snapshot, Tensor, digest, hash_of
 
 # As --setting gives them.
@@ -133,9 +133,7 @@ def read(
         found = replace(found, settings={**given, **found.settings})
         if kind is None:
             return found
-        translate: Any = import_module("omniadam.saving.translate")
-        of_kind: Snapshot = translate.translated(found, kind)
-        return of_kind
+        return translate.translated(found, kind)
 
 
 def read_as_it_is(path: Path, key: str | None, settings: Mapping[str, Any]) -> Snapshot:
@@ -207,7 +205,7 @@ def bytes_in(snapshot: Snapshot) -> int:
 
 def tells_settings(snapshot: Snapshot) -> bool:
     """Whether all settings are known, and not only those that the state shows."""
-    return bool(snapshot.settings) and getattr(snapshot, "is_complete", True)
+    return bool(snapshot.settings) and snapshot.is_complete
 
 
 def calls(snapshot: Snapshot) -> int | None:

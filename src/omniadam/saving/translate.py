@@ -47,7 +47,7 @@ def translated(snapshot: Snapshot, kind: str) -> Snapshot:
         kind: a name in `GENERATIONS`.
 
     Returns:
-        The snapshot itself, if it is of that generation. Tensors are read when they are wanted.
+        The snapshot itself, if it is of that class. Tensors are read when they are wanted.
 
     Raises:
         ValueError: if the class is not known, or something has no equivalent there; it says what.
@@ -55,8 +55,10 @@ def translated(snapshot: Snapshot, kind: str) -> Snapshot:
     wanted = GENERATIONS.get(kind)
     if wanted is None:
         raise ValueError(f"State is translated for {', '.join(GENERATIONS)}. Received: {kind!r}.")
-    if snapshot.generation == wanted:
+    if (snapshot.generation, snapshot.kind) == (wanted, kind):
         return snapshot
+    if snapshot.generation == wanted != KERAS:
+        return replace(snapshot, kind=kind)
     if snapshot.generation != KERAS:
         snapshot = _TO_KERAS[snapshot.generation](snapshot)
     if wanted == KERAS:
