@@ -413,7 +413,7 @@ class Engine(Settings):
         """Which entries were built on first, and which were added then, by what a config says, or
         what is loaded and waits for them.
         """
-        later, given = [], self._extended_names
+        later, given = [], list(map(list, self._extended_names))
         if self._state.awaited is not None:
             given = self._state.awaited.extensions(backend, entries) or given
         for names in given:
