@@ -81,6 +81,13 @@ class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[misc]
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
+def _alone() -> dict[str, Any]:
+    """How to say that no other process takes part, where there are others."""
+    distributed = torch.distributed
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return {"no_dist": True} if is_one_of_many else {}
+
+
 class _Folder:
     """A folder whose metadata was read."""
 
@@ -138,7 +145,7 @@ class _Folder:
                     made,
                     storage_reader=_Reader(self.path, self._metadata),
                     planner=_Planner(False, False),
-                    no_dist=True,
+                    **_alone(),
                 )
         except (Exception, dcp.CheckpointException) as error:
             raise self.damaged(error) from error
@@ -272,7 +279,7 @@ def write(snapshot: Snapshot, path: Path) -> None:
         ):
             warnings.simplefilter("ignore")
             writer = dcp.FileSystemWriter(partial)
-            dcp.save({"optimizer": made}, storage_writer=writer, no_dist=True)
+            dcp.save({"optimizer": made}, storage_writer=writer, **_alone())
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
