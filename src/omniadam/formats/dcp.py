@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from ..saving.snapshot import Snapshot
+from . import folders
 from .places import place_in
 from .torch import STATE_DICT, Stored, check_archive, snapshot_of, state_dict_of
 
@@ -261,17 +261,19 @@ def _groups(folder: _Folder, inside: Paths) -> list[dict[str, Any]]:
 
 
 def write(snapshot: Snapshot, path: Path) -> None:
-    """As `formats.write`: a new folder, with the state_dict by names under the key "optimizer"."""
+    """As `formats.write`: a folder with the state_dict by names under the key "optimizer"."""
     if not all(variable.is_named for variable in snapshot.variables):
         raise ValueError(
             "torch.distributed.checkpoint tells parameters by their names. The state has none: "
             "save it of an optimizer that was given named_parameters()."
         )
-    if path.exists():
-        raise FileExistsError(f"'{path}' is there already. Give the name of a new folder.")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    if path.exists() and not (path / METADATA).is_file():
+        raise FileExistsError(
+            f"'{path}' is there, and is no folder of torch.distributed.checkpoint that could be "
+            "replaced. Give another name."
+        )
+
+    def fill(partial: Path) -> None:
         with (
             state_dict_of(snapshot, path, by_name=True) as made,
             _TURN,
@@ -280,6 +282,5 @@ def write(snapshot: Snapshot, path: Path) -> None:
             warnings.simplefilter("ignore")
             writer = dcp.FileSystemWriter(partial)
             dcp.save({"optimizer": made}, storage_writer=writer, **_alone())
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    folders.replace(path, fill)
