@@ -406,7 +406,6 @@ FAULTS = [
         "            pass",
         "test_saving_torch.py -k behind",
     ),
-    Fault("saving/torch.py", "optimizer._forget()", "pass", "test_saving_torch.py -k stopped"),
     Fault(
         "saving/torch.py",
         "is_whole = partner is not None and len(slots) == len(partner.slots)",

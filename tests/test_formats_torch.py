@@ -404,9 +404,12 @@ def test_a_folder_of_torch_distributed(flat: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
     # And back.
     folder = tmp_path / "ours.dcp"
-    formats.write(kept(ours), folder)
-    with pytest.raises(FileExistsError, match="Give the name of a new folder"):
-        formats.write(kept(ours), folder)
+    formats.write(kept(Adam([("a", torch.zeros(2))])), folder)
+    formats.write(kept(ours), folder)  # in the place of that
+    (tmp_path / "other.dcp").mkdir()
+    with pytest.raises(FileExistsError, match="Give another name"):
+        formats.write(kept(ours), tmp_path / "other.dcp")
+    (tmp_path / "other.dcp").rmdir()
     back, groups = model_of(copy)
     theirs = torch.optim.AdamW(groups, lr=7.0)
     with quiet():

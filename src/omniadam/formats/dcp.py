@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from ..saving.snapshot import Snapshot
+from . import folders
 from .places import place_in
 from .torch import STATE_DICT, Stored, check_archive, snapshot_of, state_dict_of
 
@@ -81,6 +81,13 @@ class _Planner(dcp.DefaultLoadPlanner):  # type: ignore[misc]
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
+def _alone() -> dict[str, Any]:
+    """How to say that no other process takes part, where there are others."""
+    distributed = torch.distributed
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return {"no_dist": True} if is_one_of_many else {}
+
+
 class _Folder:
     """A folder whose metadata was read."""
 
@@ -138,7 +145,7 @@ class _Folder:
                     made,
                     storage_reader=_Reader(self.path, self._metadata),
                     planner=_Planner(False, False),
-                    no_dist=True,
+                    **_alone(),
                 )
         except (Exception, dcp.CheckpointException) as error:
             raise self.damaged(error) from error
@@ -254,17 +261,19 @@ def _groups(folder: _Folder, inside: Paths) -> list[dict[str, Any]]:
 
 
 def write(snapshot: Snapshot, path: Path) -> None:
-    """As `formats.write`: a new folder, with the state_dict by names under the key "optimizer"."""
+    """As `formats.write`: a folder with the state_dict by names under the key "optimizer"."""
     if not all(variable.is_named for variable in snapshot.variables):
         raise ValueError(
             "torch.distributed.checkpoint tells parameters by their names. The state has none: "
             "save it of an optimizer that was given named_parameters()."
         )
-    if path.exists():
-        raise FileExistsError(f"'{path}' is there already. Give the name of a new folder.")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    if path.exists() and not (path / METADATA).is_file():
+        raise FileExistsError(
+            f"'{path}' is there, and is no folder of torch.distributed.checkpoint that could be "
+            "replaced. Give another name."
+        )
+
+    def fill(partial: Path) -> None:
         with (
             state_dict_of(snapshot, path, by_name=True) as made,
             _TURN,
@@ -272,7 +281,6 @@ def write(snapshot: Snapshot, path: Path) -> None:
         ):
             warnings.simplefilter("ignore")
             writer = dcp.FileSystemWriter(partial)
-            dcp.save({"optimizer": made}, storage_writer=writer, no_dist=True)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            dcp.save({"optimizer": made}, storage_writer=writer, **_alone())
+
+    folders.replace(path, fill)

@@ -7,7 +7,6 @@ arrays one by one. Nothing in such a folder tells whether an array was altered a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from .. import versions
 from ..saving import matching
 from ..saving.snapshot import OPTAX, Snapshot, Tensor, Variable
 from ..saving.translate import translated
+from . import folders
 from .places import place_in
 
 with versions.imported("optax", user="A folder of orbax"):
@@ -56,8 +56,7 @@ def read(path: Path, key: str | None = None, settings: Mapping[str, Any] | None 
 def write_into(snapshot: Snapshot, path: Path, key: str | None = None, by: str = "name") -> None:
     """As `formats.write_into`: Adam's arrays, and counts that were as Adam's, of schedules.
 
-    The folder is copied beside itself, and the copy takes its name: while that is done, the old one
-    is there as `.{name}.old`.
+    The folder is copied beside itself, and the copy takes its name: see `folders.replace`.
     """
     found = _found(path, key)
     own = _snapshot(found, None)
@@ -70,24 +69,14 @@ def write_into(snapshot: Snapshot, path: Path, key: str | None = None, by: str =
         if leaf.name.endswith(".count") and leaf.name not in pairs:
             same = counts.get(int(own.tensors[leaf.name].read()))
             pairs |= {} if same is None else {leaf.name: same}
-    whole = Path(os.path.realpath(path))
-    partial, old = (whole.with_name(f".{whole.name}.{end}") for end in ("partial", "old"))
-    for each in (partial, old):
-        shutil.rmtree(each, ignore_errors=True)
-    try:
-        shutil.copytree(whole, partial)
+
+    def fill(partial: Path) -> None:
+        shutil.copytree(path, partial)
         for leaf in found.leaves:
             if leaf.name in pairs:
                 leaf.write(partial / found.item, pairs[leaf.name].read())
-        os.rename(whole, old)
-        try:
-            os.rename(partial, whole)
-        except BaseException:
-            os.rename(old, whole)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+    folders.replace(path, fill)
 
 
 # --- what is in a folder ---

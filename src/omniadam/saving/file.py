@@ -389,7 +389,7 @@ def _snapshot(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Sna
     settings = _typed(json.loads(metadata["settings"]), dict)
     origin = {"omniadam": metadata["omniadam_version"]}
     kind, generation = metadata["class"], metadata["generation"]
-    is_complete = _typed(json.loads(metadata["is_complete"]), bool)
+    is_complete = _typed(json.loads(metadata.get("is_complete", "true")), bool)
     return Snapshot(kind, generation, settings, variables, tensors, origin, is_complete)
 
 

@@ -257,8 +257,6 @@ def restore(optimizer: torch.optim.Adam, snapshot: Snapshot, *, by: str, strict:
         for p, group, slots in zip(params, groups, found, strict=True):
             if slots is not None:
                 _set(optimizer, p, group, slots)
-        if isinstance(optimizer, dropin.Adam):
-            optimizer._forget()
         return left
 
 
