@@ -414,6 +414,12 @@ def test_written_into_and_continued(name: str, tmp_path: Path) -> None:
             for word, slot in mine.slots.items():
                 kept = again.tensors[theirs.slots[word]].read()
                 assert kept.tobytes() == given.tensors[slot].read().tobytes()
+        if name == "keras, loss scale" and ending == ".weights.h5":
+            with h5py.File(path) as file:  # which has all of them twice
+                inner, outer = (file[f"optimizer/{n}vars"] for n in ("inner_optimizer/", ""))
+                for i in range(len(inner)):
+                    copy = outer[str(i + len(outer) - len(inner))]
+                    assert copy[()].tobytes() == inner[str(i)][()].tobytes()
         model = loaded(path, ending, library, lambda make=make: make(**settings))
         if hasattr(model.optimizer, "_create_all_weights") and not is_whole:
             model.optimizer._create_all_weights(model.trainable_variables)
@@ -700,6 +706,12 @@ def test_hostile_hdf5(files: dict[str, Path], tmp_path: Path) -> None:
     old = files["keras.weights.h5"]
     for edit, match in WEIGHTS.values():
         refused(edited(old, tmp_path / "w.weights.h5", edit), match)
+    # The place of an array, changed to that of another one of its size, which the model has.
+    with h5py.File(old) as file:
+        places = [file[name].id.get_offset() for name in (M0, "layers/dense/vars/0")]
+    one, other = (struct.pack("<BBQQ", 3, 1, place, 48) for place in places)
+    (moved := tmp_path / "moved.weights.h5").write_bytes(old.read_bytes().replace(one, other))
+    refused(moved, "in one place")
     old = files["tf_keras.h5"]
     for name, (change, match) in CONFIGS.items():
         refused(edited(old, tmp_path / f"{name}.h5", config(change)), match)

@@ -22,10 +22,10 @@ import numpy as np
 from .source import Array, Source
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
-# The cost, in bytes, of all looks at what is not data: 256 MiB, a second or two. A variable of a
-# model costs 4 KB.
-_ALLOWED = 1 << 28
-_LOOK = 256
+# The cost, in bytes, of all looks at what is not data: 128 MiB, some two seconds. A variable of a
+# model costs 8 KB.
+_ALLOWED = 1 << 27
+_LOOK = 512
 _UNDEFINED = (1 << 64) - 1
 # Kinds of messages in the header of an object.
 _DATASPACE, _LINKS, _DATATYPE, _LINK, _OUTSIDE, _LAYOUT = 0x1, 0x2, 0x3, 0x6, 0x7, 0x8
@@ -287,6 +287,8 @@ class File:
         node, record, depth = part.number(4), part.number(2), part.number(2)
         part.take(2)
         root, count = part.number(8), part.number(2)
+        if depth > 8:
+            raise ValueError("an index of names is deeper than any group is large")
         # How many records fit in a node of each level, and how many bytes tell their number.
         most = [(node - 10) // record]
         total, widths = most[0], [_width(most[0])]
@@ -323,8 +325,8 @@ class File:
         columns, first, last, bits = (part.number(size) for size in (2, 8, 8, 2))
         part.take(2)
         root, rows = part.number(8), part.number(2)
-        if filters:
-            raise ValueError("the names in a group are compressed")
+        if filters or rows * columns > 1 << 12:
+            raise ValueError("the names in a group are stored in a form that Keras does not write")
         width = (bits + 7) // 8
         length = min(_width(largest), _width(last))
         blocks: list[tuple[int, int, int]] = []  # begin and end in the heap, and address

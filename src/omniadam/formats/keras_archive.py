@@ -25,7 +25,7 @@ from .keras_state import UNKNOWN, Held
 from .source import Source, patched, reading
 
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
-_MOST = 1 << 26
+_MOST = keras_state.MOST_TEXT
 _MOST_TIMES = 100
 
 
@@ -62,7 +62,11 @@ def write_into(given: Snapshot, path: Path, key: str | None, by: str) -> None:
             return iter([text])
         return archive.blocks(info)
 
-    atomic.replace(path, lambda out: archive.write(out, contents))
+    def fill(out: IO[bytes]) -> None:
+        archive.write(out, contents)
+        whole.close()
+
+    atomic.replace(path, fill)
 
 
 class _Archive:

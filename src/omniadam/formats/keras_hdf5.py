@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -49,14 +49,15 @@ def write_into(given: Snapshot, path: Path, key: str | None, by: str) -> None:
         patches = list(patches_of(keras_state.changes(look.held, given, by)))
         if look.config is not None:
             patches += _settings(look, look.config, given)
-    atomic.replace(path, lambda file: _put(file, patched(source, patches)))
 
+    def fill(file: IO[bytes]) -> None:
+        for block in patched(source, patches):
+            rest = memoryview(block)
+            while rest:  # the system may take a part at a time
+                rest = rest[file.write(rest) :]
+        source.close()
 
-def _put(file: Any, blocks: Iterator[bytes]) -> None:
-    for block in blocks:
-        rest = memoryview(block)
-        while rest:
-            rest = rest[file.write(rest) :]
+    atomic.replace(path, fill)
 
 
 def _look(file: File, key: str | None, settings: Mapping[str, Any] | None) -> _Look:
@@ -155,7 +156,7 @@ def _whole_model(file: File, children: Mapping[str, int | None]) -> _Look:
     _, texts = file.texts(root["training_config"])
     if len(texts) != 1:
         raise ValueError("its settings must be one text")
-    says = keras_state.parsed(texts[0].content.decode(), "training_config")
+    says = keras_state.parsed(texts[0].content, "training_config")
     known = keras_state.of_config(says.get("optimizer_config"))
     group = file.find("optimizer_weights")
     names = [part.content.decode() for part in _names(file, group)]
@@ -212,7 +213,7 @@ def _classes(file: File, root: Mapping[str, Any]) -> set[str]:
         return set()
     found: set[str] = set()
     _, texts = file.texts(root["model_config"])
-    rest: list[Any] = [json.loads(text.content) for text in texts]
+    rest: list[Any] = [keras_state.parsed(text.content, "model_config") for text in texts]
     while rest:
         each = rest.pop()
         if isinstance(each, dict):

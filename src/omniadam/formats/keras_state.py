@@ -29,6 +29,8 @@ KEPT = {
     "gradient_accumulator": "gradient_accumulation_steps",
     "velocity_hat": "amsgrad",
 }
+# Of a config. All that it says is in memory.
+MOST_TEXT = 1 << 26
 # Optimizers around an Adam: Keras's and tf_keras's.
 SCALING = ("LossScaleOptimizer", "LossScaleOptimizerV3")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -71,8 +73,10 @@ class Held(NamedTuple):
 # --- settings ---
 
 
-def parsed(text: str, what: str) -> Mapping[str, Any]:
+def parsed(text: str | bytes, what: str) -> Mapping[str, Any]:
     """What JSON says, which must be a mapping."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"its {what} has {len(text)} bytes. At most {MOST_TEXT} are read")
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"its {what} is no mapping")

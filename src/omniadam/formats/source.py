@@ -44,6 +44,10 @@ class Source:
         """All of a file."""
         return cls(open(path, "rb"))
 
+    def close(self) -> None:
+        """Let go of the file, so that another may take its place: Windows replaces no open one."""
+        self._file.close()
+
     def part(self, start: int, size: int) -> Source:
         """A part of this part."""
         found = Source.__new__(Source)

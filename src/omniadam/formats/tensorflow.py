@@ -14,6 +14,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Checkpoint:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self._reader = _asked(tf.train.load_checkpoint, os.fspath(prefix))
+        self._reader: Any = _asked(tf.train.load_checkpoint, os.fspath(prefix))
         self._shapes = _asked(self._reader.get_variable_to_shape_map)
         self._types = {
             name: kind.name for name, kind in _asked(self._reader.get_variable_to_dtype_map).items()
@@ -299,6 +300,7 @@ class _Checkpoint:
                     destination_prefix=os.fspath(aside / name),
                     delete_old_dirs=False,
                 )
+            self._reader = None  # which has the files open, and Windows replaces none that is
             for file in aside.iterdir():
                 _sync(file)
                 if file.name != f"{name}.index":
@@ -314,7 +316,8 @@ class _Checkpoint:
             shutil.rmtree(aside, ignore_errors=True)
         _sync(folder)
         for file in old:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # nobody looks for them any more
+                file.unlink()
 
     def _content(self, key: str, changes: Mapping[str, Change]) -> Any:
         value = changes[key].read() if key in changes else self.array(key)
