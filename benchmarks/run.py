@@ -372,6 +372,25 @@ def sparse(sets: list[str]) -> list[list[str]]:
     return [[legend], lines]
 
 
+def saving(sets: list[str]) -> list[list[str]]:
+    found = json.loads(child([str(HERE / "saving.py")]).splitlines()[-1])
+    measured.append(found)
+    lines = ["| | seconds | |", "|---|---:|---:|"]
+    for ours, theirs, what in (
+        ("save", "save_file", "`omniadam.save`: `save_file` of safetensors, and fsync"),
+        ("load", "load_file", "`omniadam.load`: `load_file`, and a copy into tensors"),
+    ):
+        own = found[ours][0]
+        their, low, high = found[theirs]
+        result = {"ours": own, "theirs": their, "spread": [low / own, high / own]}
+        lines.append(f"| {what} | {own:.2f} | {cell(result)} |")
+    seconds = found["hash"][0]
+    rate = found["gigabytes"] / seconds
+    lines.append(f"| `omniadam.state_hash` | {seconds:.2f} | {rate:.1f} GB/s |")
+    legend = f"State of {found['gigabytes']:.2f} GB on NumPy arrays, verified as it is loaded:"
+    return [[legend], lines]
+
+
 SECTIONS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "numpy": numpy_arrays,
     "libraries": libraries,
@@ -380,6 +399,7 @@ SECTIONS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "tensors": tensors,
     "fit": epochs,
     "sparse": sparse,
+    "saving": saving,
     "memory": memory,
     "small": lambda sets: [small()],
     "accuracy": lambda sets: [accuracy()],

@@ -17,6 +17,7 @@ from typing import Any
 OLDEST = {
     "numpy": "2.0",
     "numba": "0.62",
+    "safetensors": "0.7",
     "autograd": "1.8",
     "torch": "2.7",
     "jax": "0.7.2",

@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from . import atomic
 from .snapshot import Snapshot, Tensor, Variable, digest, hash_of
@@ -280,9 +280,7 @@ class _Opened:
                     for name in checked.offset_keys()
                     for part in [checked.get_slice(name)]
                 }
-        except OSError:
-            raise
-        except Exception as error:  # of the library's own type
+        except SafetensorError as error:
             raise self.damaged(f"{error}") from error
         length = int.from_bytes(self._at(0, 8), "little")
         header = self._at(8, length)
