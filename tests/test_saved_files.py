@@ -28,7 +28,12 @@ from omniadam import Adam
 from omniadam.saving import atomic, file
 from omniadam.saving.snapshot import KERAS, Snapshot, Tensor
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, limits and permissions of POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="forks, limits and permissions of POSIX"),
+    # Of JAX, where it is imported: a fork here does not use it.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <function _at_fork"),
+]
 
 
 @pytest.fixture(autouse=True)
