@@ -113,11 +113,15 @@ def _counters(optimizer: Any, given: Snapshot) -> Callable[[], None]:
 class KeptForOlder(Kept):
     """The state of a file, for variables that may come one after another."""
 
+    _is_begun = False  # whether the first have come: what they took is theirs
+
     def fill(self, inner: Any, *, is_complete: bool) -> KeptForOlder | None:
         """As of `Awaited`: slots of the user's own may be added later, and, if it was loaded with
         strict=False, variables.
         """
         given = self.given
+        if self._is_begun:
+            return self
         own = Snapshot("", given.generation, {}, *engine.contents(inner))
         found = matching.plan(given, own, by=self._by, strict=False)
         others = [name for name in found.left.unexpected if name.startswith("'")]  # variables
@@ -127,6 +131,7 @@ class KeptForOlder(Kept):
         taken = {id(tensor) for _, tensor in found.pairs}
         places = [at for variable in given.variables for at in variable.slots.values()]
         rest = KeptForOlder(given, self._by, self._strict)
+        rest._is_begun = True
         rest._rest = {at: given.tensors[at] for at in places if id(given.tensors[at]) not in taken}
         return rest if rest._rest else None
 
@@ -172,11 +177,13 @@ class KeptForOlder(Kept):
         return tuple(held.values()), {**self._rest, **tensors}
 
     def __reduce__(self) -> Any:
-        return _again, (self.given.in_memory(), self._by, self._strict, [*self._rest])
+        held = self.given.in_memory()
+        return _again, (held, self._by, self._strict, [*self._rest], self._is_begun)
 
 
-def _again(given: Snapshot, by: str, strict: bool, rest: list[str]) -> KeptForOlder:
+def _again(given: Snapshot, by: str, strict: bool, rest: list[str], is_begun: bool) -> KeptForOlder:
     kept = KeptForOlder(given, by, strict)
+    kept._is_begun = is_begun
     kept._rest = {name: given.tensors[name] for name in rest}
     return kept
 
