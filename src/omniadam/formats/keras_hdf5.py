@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from ..saving import atomic
-from ..saving.names import is_made_up
+from ..saving.names import in_file
 from ..saving.snapshot import OPTIMIZER_V2, Snapshot
 from . import keras_state
 from .hdf5 import Dataset, File, Part
@@ -171,7 +171,7 @@ def _whole_model(file: File, children: Mapping[str, int | None]) -> _Look:
 
         def named(slots: Mapping[str, int]) -> tuple[str, bool] | None:
             found = _name(names[slots["momentum"]], names[slots["velocity"]], weights)
-            return None if found is None else (found, not is_made_up(found, classes))
+            return None if found is None else in_file(found, classes)
 
         held = keras_state.ordered(arrays, known, None, named)
     version = file.text(root["keras_version"]) if "keras_version" in root else ""
@@ -267,7 +267,7 @@ def _of_legacy(
         if list(slots) != kept:
             raise ValueError(f"of '{base}' it has {list(slots)}, and its Adam keeps {kept}")
         name = base.removeprefix(f"{scope}/")
-        variables.append(keras_state.variable(name, not is_made_up(name, classes), slots))
+        variables.append(keras_state.variable(*in_file(name, classes), slots))
     return Held(known, arrays[0], {}, tuple(variables))
 
 

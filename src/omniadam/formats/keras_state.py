@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..saving.names import is_made_up
+from ..saving.names import in_file
 from ..saving.snapshot import ITERATION, KERAS, OPTIMIZER_V2, Snapshot, Tensor, Variable
 from .source import Array, tensor
 
@@ -196,7 +196,7 @@ def ordered(
     for i, (extension, slots) in enumerate(order.variables):
         if extension:
             name = next(later)
-            found = name, not is_made_up(name)
+            found = in_file(name)
         else:
             found = names(slots) or (str(i), False)
         variables.append(_variable(*found, {w: stored[k] for w, k in slots.items()}, extension))

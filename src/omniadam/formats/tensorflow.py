@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import versions
-from ..saving.names import is_made_up
+from ..saving.names import in_file
 from ..saving.snapshot import OPTIMIZER_V2, Snapshot
 from . import keras_state
 from .keras_hdf5 import of_tf_keras
@@ -347,9 +347,7 @@ def _variables(found: Sequence[tuple[str, Mapping[str, Stored], str]]) -> tuple[
     names = [name for name, _, _ in found]
     are_names = all(names) and len(set(names)) == len(names)
     return tuple(
-        keras_state.variable(
-            name if are_names else str(i), are_names and not is_made_up(name), slots, dtype
-        )
+        keras_state.variable(*(in_file(name) if are_names else (str(i), False)), slots, dtype)
         for i, (name, slots, dtype) in enumerate(found)
     )
 

@@ -19,7 +19,8 @@ def in_files(given: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
     Of a path that Keras or TensorFlow made, that is what the user gave: `encoder/kernel` for
     `sequential_3/encoder/kernel`, `w` for `w:0`. If a layer's name was made up (`dense_3/kernel`),
-    or nothing else tells two variables apart, the path is no name.
+    or nothing else tells two variables apart, the path is no name: they number what has no name, in
+    a process from 0 on, so that it may have another the next time.
 
     Args:
         given: by variable, a name, and whether it is known to be the user's.
@@ -43,17 +44,15 @@ def _of_user(path: str, classes: set[str], models: set[str]) -> str | None:
     return None if _is_among(classes, name) else name
 
 
-def is_made_up(name: str, layers: Iterable[str] = ()) -> bool:
-    """Whether a part of a path was made up by Keras or TensorFlow: `Variable:0`, `dense_3/kernel`.
-
-    They number what has no name, in a process from 0 on, so that it may have another name the next
-    time. A layer's is that of its class.
+def in_file(name: str, layers: Iterable[str] = ()) -> tuple[str, bool]:
+    """The same of one variable, in a file that Keras or TensorFlow wrote.
 
     Args:
         name: of a variable.
         layers: classes of layers beside those of the libraries that are imported.
     """
-    return _is_among(_made_up(layers), name)
+    short = _of_user(name, _made_up(layers), _MODELS | set(_names_of("Model")))
+    return (name, False) if short is None else (short, True)
 
 
 def _made_up(layers: Iterable[str]) -> set[str]:
