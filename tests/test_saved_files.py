@@ -390,7 +390,7 @@ def test_right_digests_of_wrong_content(path: Path) -> None:
             "tensors": {k: v for k, v in tensors.items() if k != "c.momentum"}
             | {"c.velocity_hat": Tensor.of(np.ones(3))},
         },
-        "lacks: 'c'": {"variables": (first, second._replace(name=first.name))},
+        "twice": {"variables": (first, second._replace(name=first.name))},
     }
     for message, changes in cases.items():
         file.write(path, Snapshot(**{**vars(right), "tensors": tensors, **changes}))

@@ -284,8 +284,37 @@ def test_bare_jax_arrays_bring_their_state(path: Path) -> None:
         omniadam.save(opt, path, state=state[1:])
     with pytest.raises(ValueError, match="Received one of shape"):
         omniadam.save(opt, path, state=[*state[:2], *reversed(state[2:])])
-    with pytest.raises(ValueError, match="keeps its state itself"):
-        omniadam.save(built(arrays()), path, state=state)
+    with pytest.raises(ValueError, match="one array for each of the 14"):
+        omniadam.save(built(arrays(), amsgrad=True), path, state=state[1:])
+
+
+def test_a_state_that_is_in_its_users_hands(path: Path) -> None:
+    """Of NumPy arrays, too: what the optimizer itself has is behind."""
+    held = arrays()
+    opt = built(held)
+    state, values_ = opt.variables, list(held.values())
+    for step in range(3):
+        values_, state = opt.stateless_apply(state, grads(step, held), values_)
+    with pytest.raises(ValueError, match="in your hands"):
+        omniadam.save(opt, path)
+    omniadam.save(opt, path, state=state)
+    again = omniadam.from_file(path)
+    again.build(held)
+    assert again.iterations == 3
+    assert [w.tobytes() for w in again.get_weights()] == [np.asarray(s).tobytes() for s in state]
+    opt.set_weights(state)
+    assert omniadam.state_hash(opt) == omniadam.state_hash(again)
+    with pytest.raises(ValueError, match="must be a whole number"):
+        omniadam.save(opt, path, state=[np.nan, *state[1:]])
+    with pytest.raises(ValueError, match="`state` is of an optimizer that is built"):
+        omniadam.save(Adam(), path, state=state)
+    import torch
+
+    from omniadam.torch import Adam as OfTorch
+
+    stepped = OfTorch([("w", torch.nn.Parameter(torch.ones(2)))])
+    with pytest.raises(ValueError, match="stepped by stateless_apply"):
+        omniadam.save(stepped, path, state=[])
 
 
 # --- before the build ---
@@ -720,3 +749,69 @@ def test_extended_ones_by_position(path: Path) -> None:
     again = omniadam.from_file(path, by="position")
     again.build([a.copy(), b.copy()])
     assert omniadam.state_hash(again) == omniadam.state_hash(opt)
+
+
+def test_extensions_are_told_by_their_variables(path: Path) -> None:
+    """Not by their numbers, where some of them are left out."""
+    w, a, b = np.ones(3), np.ones(2), np.ones(2)
+    opt = Adam(0.1)
+    opt.build({"w": w})
+    for new in ({}, {"a": a}, {"b": b}):
+        if new:
+            opt.extend(new)
+        held = dict(zip(("w", "a", "b"), (w, a, b), strict=True))
+        known = {entry.name: held[entry.name] for entry in opt._state.entries}
+        opt.apply([np.ones_like(v) for v in known.values()], list(known.values()))
+    omniadam.save(opt, path)
+    counts = [int(v) for name, v in opt.named_variables().items() if "extension" in name]
+    assert counts == [1, 2]
+    early = Adam(0.1)
+    omniadam.load(path, early, strict=False)
+    with pytest.warns(UserWarning, match="left out in part: .*'a'"):
+        early.build({"w": w, "b": b})
+    late = Adam(0.1)
+    late.build({"w": w})
+    late.extend({"b": b})
+    assert omniadam.load(path, late, strict=False) == ((), ("'a'",), ())
+    for each in (early, late):
+        named = each.named_variables()
+        assert int(named["extension"]) == 2 and each.iterations == 3
+        assert np.array_equal(named["b_momentum"], opt.named_variables()["b_momentum"])
+    other = Adam(0.1)
+    other.build({"w": w, "a": a})
+    message = refused(path, other, "does not fit")
+    assert "by extension 1 in the file" in message and "from_file" in message
+
+
+def test_a_file_that_is_written_to_after_it_was_opened(path: Path) -> None:
+    opt = saved(path)
+    waiting = omniadam.from_file(path)
+    opt.apply([np.full_like(v, 0.25) for v in arrays().values()])
+    omniadam.save(opt, other := path.with_name("other"))
+    path.write_bytes(other.read_bytes())  # in place, as `cp` does
+    with pytest.raises(ValueError, match="was written to since it was opened"):
+        waiting.build(arrays())
+    assert not waiting.built
+
+
+def test_what_is_excluded_from_decay_is_compared(path: Path) -> None:
+    opt = AdamW(0.1)
+    opt.exclude_from_weight_decay(var_names=["bias"])
+    opt.build(arrays())
+    omniadam.save(opt, path)
+    plain = AdamW(0.1)
+    plain.build(arrays())
+    with pytest.warns(UserWarning, match="`exclude_from_weight_decay` is .*bias.* in the file"):
+        omniadam.load(path, plain)
+    with pytest.warns(UserWarning, match="`learning_rate` is 0.1 in the file"):
+        omniadam.load(path, built(arrays(), learning_rate=lambda: 0.5, weight_decay=0.004))
+
+
+def test_settings_that_change_between_load_and_build(path: Path) -> None:
+    saved(path, gradient_accumulation_steps=2)
+    new = Adam(gradient_accumulation_steps=2)
+    omniadam.load(path, new)
+    new.gradient_accumulation_steps = 3
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2 in the file, 3 in"):
+        new.build(arrays())
+    assert not new.built

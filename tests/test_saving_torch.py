@@ -231,7 +231,7 @@ def test_groups_are_restored_as_load_state_dict_does(path: str) -> None:
     opt = two(lr=0.25, betas=(0.5, 0.75), amsgrad=True, weight_decay=0.125, clipnorm=2.0)
     opt.param_groups[0]["note"] = {"who": ["me", 1, None]}
     omniadam.save(opt, path)
-    by_file, by_dict = two(), two()
+    by_file, by_dict = two(amsgrad=True), two(amsgrad=True)
     omniadam.load(path, by_file)
     by_dict.load_state_dict(opt.state_dict())
     one, other = by_file.state_dict(), by_dict.state_dict()
@@ -320,7 +320,7 @@ def test_parts_of_a_parameters_state_are_no_state(path: str) -> None:
     group = dict(whole.settings["groups"][0])
     for wrong, message in (
         ({"variables": (a._replace(slots=slots), b), "tensors": tensors}, r"lacks \['step'\]"),
-        ({"settings": {"groups": [{**group, "amsgrad": True}]}}, r"lacks \['velocity_hat'\]"),
+        ({"settings": {"groups": [{**group, "amsgrad": True}]}}, "`amsgrad` is True in the file"),
         ({"settings": {}}, "must be `groups`"),
         ({"settings": {"groups": [{"lr": 1.0}]}}, "must be `groups`"),
         ({"settings": {"groups": [{**group, "params": [["a"]]}]}}, "must be `groups`"),

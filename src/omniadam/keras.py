@@ -788,6 +788,11 @@ class _KerasEngine(AdamEngine):
         """Note that somebody is told the state that comes after this one."""
         self._given_away = self._count()
 
+    def is_given_away(self) -> bool:
+        """Whether the state that comes after this one is its user's, or Keras's trainer's."""
+        count = self._count()
+        return count is None or count is self._given_away
+
     def _count(self) -> Any:
         """The value of the count; None while Keras's trainer has it, and will put it back."""
         try:

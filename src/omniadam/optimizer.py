@@ -349,7 +349,7 @@ class Optimizer(Engine, options.LeadsOn):
             )
         backend, entries = self._state.backend, self._state.entries
         assert backend is not None
-        self._state.is_given_away = True
+        self._state.is_given_away, self._state.given_at = True, self._state.counted()
 
         def examined(gradients: list[Any]) -> tuple[Selection, list[Any]]:
             present, checked = self._present(backend, entries, gradients, depth=5)

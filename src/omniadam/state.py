@@ -27,6 +27,8 @@ class State:
     extensions: tuple[tuple[Entry, ...], ...] = ()
     # Whether `stateless_apply` has returned what comes after it.
     is_given_away = False
+    # The count then, if it is known: as long as it stays, the state here is behind.
+    given_at: int | None = None
 
     def __init__(self) -> None:
         self.backend: Backend | None = None  # of the variables

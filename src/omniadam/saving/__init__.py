@@ -24,8 +24,8 @@ def save(optimizer: Any, path: Path, *, state: Any = None) -> None:
     Args:
         optimizer: any of omniadam, or a tree of arrays, such as the state of `omniadam.optax`.
         path: of the file, by convention `*.safetensors`. What is there is replaced.
-        state: of an optimizer on bare JAX arrays the state that `stateless_apply` returned, one
-            array for each of `optimizer.variables`; for no other optimizer.
+        state: of an optimizer that is stepped by `stateless_apply`, what that returned last: one
+            array for each of `optimizer.variables`.
 
     Raises:
         TypeError: if it is no optimizer of omniadam, and no tree of arrays.
@@ -76,14 +76,15 @@ def load(
             the other.
 
     Returns:
-        What was left as it was, a `Left` of names: it is empty unless `strict=False`. With `like`
-        a new tree.
+        What was left as it was, a `Left` of names: it is empty unless `strict=False`. Before the
+        build nothing is known of that yet: a warning at the build names it. With `like` a new tree.
 
     Raises:
         OSError: if the file cannot be opened.
         ValueError: if the file is damaged; if the state means something else (`amsgrad`, `use_ema`,
             accumulation, the form of epsilon, generation); if something is missing, is left over,
             or has another shape or type, with the full list. Nothing has been changed then.
+        RuntimeError: inside of `averaged()` of `omniadam.torch`.
 
     Example:
         >>> import numpy as np, omniadam
@@ -100,6 +101,8 @@ def load(
     check_by(by)
     if (optimizer is _ABSENT) == (like is _ABSENT):
         raise TypeError("`load` takes an optimizer, or `like=` a tree of arrays: one of them.")
+    if optimizer is _ABSENT and by != "name":
+        raise ValueError("`by` is of optimizers: the leaves of a tree are told by their paths.")
     given = file.read(path).snapshot
     if optimizer is _ABSENT:
         return optimizers.tree_like(given, like, strict=strict)

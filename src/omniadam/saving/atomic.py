@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -14,13 +14,28 @@ fcntl: Any = None
 with suppress(ImportError):  # POSIX
     import fcntl
 
-# Of the threads of this process, which have a lock on a file together.
-_turn = threading.Lock()
+# Of the threads of this process, which have a lock on a file together; and which of them has it.
+_turn, _holder = threading.Lock(), 0
 
 
 def _forget_other_threads() -> None:
-    global _turn
-    _turn = threading.Lock()
+    global _turn, _holder
+    _turn, _holder = threading.Lock(), 0
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    global _holder
+    if _holder == threading.get_ident():  # which would wait for itself for ever
+        raise OSError(
+            errno.EDEADLK, "A file is being written by this thread, which a signal has interrupted"
+        )
+    with _turn:
+        _holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            _holder = 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -46,7 +61,7 @@ def replace(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) 
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a folder, and not the name of a file")
-        with _turn, _locked(partial) as file:
+        with _in_turn(), _locked(partial) as file:
             try:
                 write(file)
                 file.flush()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from copy import copy
 from typing import Any
 
 import numpy as np
 
-from .. import schedules
+from .. import options
 from ..backends.base import Backend, Entry
 from ..engine import Engine
 from ..state import Array, Awaited, State, host
@@ -38,17 +40,12 @@ def snapshot(optimizer: Any, state: Sequence[Any] | None = None) -> Snapshot:
     backend = optimizer._state.backend
     if backend is not None:
         backend.check_readable()
-    is_users = backend is not None and not backend.keeps_state
-    if state is not None and not is_users:
-        raise ValueError(
-            "`state` is of an optimizer that was built on bare JAX arrays. This one keeps its "
-            "state itself: save(optimizer, path)."
-        )
-    if state is None and is_users:
-        raise ValueError(
-            "The state of an optimizer on bare JAX arrays is in your hands: it is what "
-            "stateless_apply() returned last. Pass it: save(optimizer, path, state=state)."
-        )
+    if state is not None and backend is None:
+        raise ValueError("`state` is of an optimizer that is built, for each of its `variables`.")
+    if state is None and backend is not None:
+        held = optimizer._state
+        is_given_away = held.given_at is not None and held.given_at == held.counted()
+        check_in_hand(is_given_away or not backend.keeps_state)
     settings = optimizer.get_config()
     found = waiting(optimizer) if backend is None else None
     return Snapshot(kind_of(optimizer), KERAS, settings, *(found or contents(optimizer, state)))
@@ -71,6 +68,15 @@ def waiting(engine: Engine) -> tuple[tuple[Variable, ...], dict[str, Tensor]] | 
             "Build it before you save it: opt.build(variables)."
         )
     return None
+
+
+def check_in_hand(is_given_away: bool) -> None:
+    """Raise ValueError if the state that there is here is behind the one that its user has."""
+    if is_given_away:
+        raise ValueError(
+            "The state of this optimizer is in your hands: it is what stateless_apply() returned "
+            "last. Pass it: save(optimizer, path, state=state)."
+        )
 
 
 def contents(
@@ -166,8 +172,8 @@ def _count_of(engine: Engine, given: Any) -> Tensor:
 
     def read() -> Array:
         is_own = given is None or given is held.iteration
-        count = held.read(held.iteration) if is_own else host(given).item()
-        return np.array(count, np.int64)
+        count = held.read(held.iteration) if is_own else host(given)
+        return np.array(options.count("iteration", count), np.int64)
 
     return Tensor((), "int64", read)
 
@@ -231,14 +237,13 @@ class Kept(Awaited):
 
     def fill(self, engine: Engine, *, is_complete: bool) -> Kept | None:
         """As of `Awaited`."""
-        own = Snapshot("", self.given.generation, {}, *contents(engine))
-        found = matching.plan(
-            self._fitted(own.variables),
-            own,
-            by=self._by,
-            strict=self._strict,
-            may_grow=not is_complete,
-        )
+        # They may have been changed since the file was loaded.
+        now = {n: getattr(engine, n) for n in matching.STRUCTURE if hasattr(engine, n)}
+        own = Snapshot("", self.given.generation, now, *contents(engine))
+        given, grows = self._fitted(own.variables), not is_complete
+        found = matching.plan(given, own, by=self._by, strict=self._strict, may_grow=grows)
+        if found.left and is_complete:
+            warnings.warn(f"What was loaded was left out in part: {found.left}.", stacklevel=2)
         assign(engine, found.pairs)
         if is_complete:
             return None
@@ -283,7 +288,9 @@ class Kept(Awaited):
         )
 
     def __deepcopy__(self, memo: Any) -> Kept:
-        return self  # nobody writes to it before the build
+        new = copy(self)  # the tensors are the file's, and not written to
+        new._rest = dict(self._rest)
+        return new
 
     def __reduce__(self) -> Any:
         return type(self), (self.given.in_memory(), self._by, self._strict)
@@ -314,10 +321,9 @@ def restore(optimizer: Any, given: Snapshot, *, by: str, strict: bool) -> Left:
 
 def config_of(optimizer: Any) -> Mapping[str, Any]:
     """The settings, callables as they are."""
-    rate = optimizer._schedule
     config: dict[str, Any] = optimizer._settings()
-    if hasattr(rate, "get_config"):
-        config["learning_rate"] = schedules.serialize(rate)
+    with suppress(ValueError, TypeError, NotImplementedError):  # what has no form in a config
+        config = optimizer.get_config()
     return config
 
 
@@ -332,6 +338,13 @@ def counters(engine: Engine, given: Snapshot) -> Callable[[], None]:
     if isinstance(rate, (int, float)) and state.rate is not None:
         now["learning_rate"] = rate
     values = list(state.checked(named, [np.asarray(now[name]) for name, _ in named]))
+    for name in {f"extension.{v.extension}" for v in given.variables if v.extension}:
+        since = int(given.tensors[name].read()) if name in given.tensors else None
+        if since is None or not -1 <= since <= int(now["iteration"]):
+            raise ValueError(
+                f"'{name}' in the file must be a count of iterations, at most that of the file. "
+                f"Received: {since}."
+            )
 
     def set_them() -> None:
         for (_, own), value in zip(named, values, strict=True):

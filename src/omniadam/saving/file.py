@@ -272,6 +272,7 @@ class _Opened:
         self.shown = os.fspath(path)
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._file)
+        self._then = self._now()
         try:
             with safe_open(self.shown, framework="numpy") as checked:
                 self.metadata: dict[str, str] = dict(checked.metadata() or {})
@@ -294,6 +295,10 @@ class _Opened:
         # What was opened twice was the same file, then: the library checks that nothing is over.
         if place != os.fstat(self._file).st_size:
             raise self.damaged("its tensors are not as long as the file")
+
+    def _now(self) -> tuple[int, ...]:
+        found = os.fstat(self._file)
+        return found.st_size, found.st_mtime_ns
 
     def damaged(self, why: str) -> ValueError:
         """The error."""
@@ -347,6 +352,8 @@ class _Opened:
         theirs, shape = self._forms[name]
         value = np.empty(shape, _dtype(_NAMES[theirs]))
         self._read_into(value.reshape(-1).view(np.uint8).data, self._begins[name])
+        if self._now() != self._then:  # it was verified before, and not since
+            raise self.damaged("it was written to since it was opened")
         return value if sys.byteorder == "little" else value.byteswap()
 
     def _read_into(self, target: memoryview, place: int) -> None:
@@ -384,6 +391,9 @@ def _snapshot(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Sna
     missing = [name for v in variables for name in v.slots.values() if name not in tensors]
     if missing:
         raise ValueError(f"the tensors {missing} are missing")
+    named = [v.name for v in variables if v.is_named]
+    if len(set(named)) < len(named):
+        raise ValueError("a variable is there twice")
     settings = _typed(json.loads(metadata["settings"]), dict)
     origin = {"omniadam": metadata["omniadam_version"]}
     kind, generation = metadata["class"], metadata["generation"]

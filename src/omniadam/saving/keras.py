@@ -22,17 +22,25 @@ def turn(optimizer: Any) -> Any:
     return nullcontext() if backend is None else backend.turn
 
 
-def snapshot(optimizer: Any) -> Snapshot:
+def snapshot(optimizer: Any, state: Sequence[Any] | None = None) -> Snapshot:
     """Class, settings and state.
 
+    Args:
+        optimizer: of `omniadam.keras`.
+        state: what `stateless_apply` returned, if that is its user's.
+
     Raises:
-        ValueError: if a setting is a callable, or state waits that has no names.
+        ValueError: if a setting is a callable, or state waits that has no names, or is its user's.
     """
     _check_callables(optimizer)
     inner = optimizer._engine
     if inner.built:
         inner._state.backend.check_readable()
-        found = engine.contents(inner.seen())
+        if state is None:
+            engine.check_in_hand(inner.is_given_away())
+        found = engine.contents(inner.seen(), state)
+    elif state is not None:
+        raise ValueError("`state` is of an optimizer that is built, for each of its `variables`.")
     else:
         seen = inner.seen()
         seen._state.awaited = inner._state.awaited
@@ -75,7 +83,14 @@ def _settings(optimizer: Any) -> Mapping[str, Any]:
     """The settings, callables as they are."""
     rate = vars(optimizer)["_learning_rate"]
     settings = {name: getattr(optimizer, name) for name in optimizer._engine._read_names}
-    return {"learning_rate": schedules.serialize(rate) if is_schedule(rate) else 0.0} | settings
+    excluded: dict[str, Any] = optimizer._engine.exclusion()
+    return {"learning_rate": _told(rate)} | settings | excluded
+
+
+def _told(rate: Any) -> Any:
+    if is_schedule(rate):
+        return schedules.serialize(rate)
+    return 0.0 if hasattr(rate, "assign") else rate  # a variable is restored, and not compared
 
 
 class KeptForKeras(Kept):
@@ -86,20 +101,19 @@ class KeptForKeras(Kept):
 
 
 def _renamed(given: Snapshot, own: Sequence[Variable]) -> Snapshot:
-    """A file with the names that its variables have here: those that both have, and of the others
-    those that one is the end of the other: Keras leaves the model's name out of the paths in a
-    model that is loaded.
+    """A file with the names that its variables have here: Keras leaves the model's name out of the
+    paths in a model that is loaded.
     """
-    theirs, ours = ({v.name for v in each if v.is_named} for each in (given.variables, own))
-    rest = {name: [o for o in ours - theirs if _is_tail(name, o)] for name in theirs - ours}
-    times = [o for found in rest.values() for o in found]
-    names = {n: o[0] for n, o in rest.items() if len(o) == 1 and times.count(o[0]) == 1}
-    variables = [v._replace(name=names.get(v.name, v.name)) for v in given.variables]
-    return replace(given, variables=tuple(variables))
-
-
-def _is_tail(one: str, other: str) -> bool:
-    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+    theirs, ours = ([v.name for v in each if v.is_named] for each in (given.variables, own))
+    for before, after in ((theirs, ours), (ours, theirs)):
+        heads = {name.partition("/")[0] for name in before}
+        tails = {name.partition("/")[2]: name for name in before}
+        # All of them, and of a layer each: else it is no model's name that is left out.
+        if len(heads) == 1 and set(tails) == set(after) and all("/" in name for name in after):
+            names = {v: k for k, v in tails.items()} if before is theirs else tails
+            variables = [v._replace(name=names.get(v.name, v.name)) for v in given.variables]
+            return replace(given, variables=tuple(variables))
+    return given
 
 
 def create(kind: Any, given: Snapshot, custom_objects: Mapping[str, Any], *, by: str) -> Any:

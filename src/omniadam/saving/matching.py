@@ -71,14 +71,18 @@ def plan(given: Snapshot, own: Snapshot, *, by: str, strict: bool, may_grow: boo
                     f"shape {wanted.shape} in the optimizer"
                 )
 
+    # Of an extension of the optimizer, the one in the file that its variables were added by.
+    counts: dict[int, int] = {}
     for theirs, ours in partners:
         name = _shown(theirs, ours)
-        if theirs is not None and ours is not None and theirs.extension != ours.extension:
-            # Its count of steps would be another's.
-            different.append(
-                f"'{name}': {_since(theirs)} in the file, {_since(ours)} in the optimizer"
-            )
-            continue
+        if theirs is not None and ours is not None:
+            begun = counts.setdefault(ours.extension, theirs.extension)
+            if theirs.extension != begun or bool(begun) != bool(ours.extension):
+                # Its count of steps would be another's.
+                different.append(
+                    f"'{name}': {_since(theirs)} in the file, {_since(ours)} in the optimizer"
+                )
+                continue
         if theirs is None:
             missing.append(f"'{name}'")
             continue
@@ -89,7 +93,12 @@ def plan(given: Snapshot, own: Snapshot, *, by: str, strict: bool, may_grow: boo
         for word in dict.fromkeys([*ours.slots, *theirs.slots]):
             new = f"{ours.name}.{word}"
             compare(theirs.slots.get(word), ours.slots.get(word), f"{word} of '{name}'", new)
+    for number in sorted({v.extension for v in own.variables} - {0}):
+        if number in counts:  # else its variables are missing, and were named
+            at = f"extension.{counts[number]}"
+            compare(at, f"extension.{number}", f"the count of extension {number}", at)
     of_variables = {name for v in (*given.variables, *own.variables) for name in v.slots.values()}
+    of_variables |= {f"extension.{v.extension}" for v in (*given.variables, *own.variables)}
     others = dict.fromkeys(n for n in (*own.tensors, *given.tensors) if n not in of_variables)
     for name in others:
         compare(
@@ -167,7 +176,7 @@ def check_meaning(given: Snapshot, own: Snapshot) -> None:
 
 
 # Settings that decide what state means, with what is meant where a file does not tell.
-_STRUCTURE = {
+STRUCTURE = {
     "amsgrad": False,
     "use_ema": False,
     "gradient_accumulation_steps": None,
@@ -180,7 +189,7 @@ def meaning(snapshot: Snapshot) -> Mapping[str, Any]:
     if snapshot.generation == snapshots.KERAS and snapshot.settings:
         return {
             name: snapshot.settings.get(name, usual)
-            for name, usual in _STRUCTURE.items()
+            for name, usual in STRUCTURE.items()
             if snapshot.is_complete or name in snapshot.settings
         }
     if snapshot.generation == snapshots.OPTIMIZER_V2 and snapshot.settings:
@@ -189,20 +198,25 @@ def meaning(snapshot: Snapshot) -> Mapping[str, Any]:
 
 
 # Settings that are no state, and what is not a setting of a step.
-_RESTORED = {"learning_rate", "name", "exclude_from_weight_decay", "extensions", *_STRUCTURE}
+_RESTORED = {"learning_rate", "lr", "name", "extensions", *STRUCTURE}
+# What configs leave out where it is not set.
+_LEFT_OUT = {"exclude_from_weight_decay", "clipnorm", "clipvalue", "global_clipnorm"}
 
 
 def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
     """Warn, once, of settings that the file has otherwise: they stay as the optimizer has them."""
     theirs, ours = given.settings, own.settings
+    told = {*ours} & {*theirs}
+    if given.is_complete:
+        told |= _LEFT_OUT & ({*ours} | {*theirs})
     rows = [
-        f"`{name}` is {theirs[name]!r} in the file, {ours[name]!r} in the optimizer"
-        for name in ours
-        if name in theirs and name not in _RESTORED and theirs[name] != ours[name]
+        f"`{name}` is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the optimizer"
+        for name in dict.fromkeys((*ours, *theirs))
+        if name in told - _RESTORED and theirs.get(name) != ours.get(name)
     ]
     rates = theirs.get("learning_rate"), ours.get("learning_rate")
-    has_schedule = any(isinstance(rate, Mapping) for rate in rates)
-    if "learning_rate" in theirs and rates[0] != rates[1] and has_schedule:
+    is_restored = all(isinstance(rate, (int, float)) for rate in rates)
+    if "learning_rate" in theirs and rates[0] != rates[1] and not is_restored:
         rows.insert(0, f"`learning_rate` is {rates[0]!r} in the file, {rates[1]!r} here")
     if rows:
         warnings.warn(
@@ -237,6 +251,11 @@ def _refusal(left: Left, by: str) -> str:
         )
         if rows
     ]
+    if any("by extension" in row for row in left.different):
+        parts.append(
+            "Variables that came later have a count of their own: load before the build, use "
+            "from_file, or build with the first ones and extend() by the others, as it was done"
+        )
     hint = (
         "Variables are told by their names."
         if by == "name"

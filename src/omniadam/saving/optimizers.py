@@ -23,6 +23,8 @@ _MODULES = {
     ("omniadam.compat.older", "Older"): "older",
     ("omniadam.torch", "Adam"): "torch",
 }
+# Those of which the state may be in the user's hands.
+_WITH_STATE = ("engine", "keras")
 # Where classes are that a file names.
 _CLASSES = {
     "omniadam.Adam": "omniadam.adam",
@@ -84,6 +86,11 @@ def held(optimizer: Any, state: Any = None) -> Iterator[Snapshot]:
         state: of an optimizer on bare arrays.
     """
     home = _home_of(optimizer)
+    if state is not None and home.__name__.rpartition(".")[2] not in _WITH_STATE:
+        raise ValueError(
+            "`state` is of an optimizer that is stepped by stateless_apply(), of omniadam.Adam or "
+            f"omniadam.keras. Received a {type(optimizer).__qualname__}."
+        )
     with home.turn(optimizer):
         yield home.snapshot(optimizer) if state is None else home.snapshot(optimizer, state)
 
@@ -126,7 +133,10 @@ def create(given: Snapshot, custom_objects: Mapping[str, Any], *, by: str) -> An
     home = _home(kind)
     if home is None:
         raise ValueError(f"{name} must be a class that inherits from one of omniadam's.")
-    return home.create(kind, given, custom_objects, by=by)
+    try:
+        return home.create(kind, given, custom_objects, by=by)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"The settings in the file make no {name}: {error!r}.") from error
 
 
 def warn_of_names(saved: Snapshot, stacklevel: int) -> None:

@@ -366,7 +366,7 @@ def _settings(
 
 
 # Of what torch's groups have not, that which decides what the state means.
-_STRUCTURE = ("epsilon_hat", "use_ema")
+_STRUCTURE = ("amsgrad", "epsilon_hat", "use_ema")
 
 
 def _updated(
@@ -376,7 +376,7 @@ def _updated(
     is_ours = isinstance(optimizer, dropin.Adam)
     usual = {key: extra.default for key, extra in dropin._EXTRAS.items()}
     for key in _STRUCTURE if is_ours else ():
-        theirs, ours = saved.get(key, usual[key]), group.get(key, usual[key])
+        theirs, ours = (each.get(key, usual.get(key, False)) for each in (saved, group))
         if bool(theirs) != bool(ours):
             wrong.append(f"`{key}` is {theirs!r} in the file, {ours!r} in group {i}")
     foreign = {k: v for k, v in saved.items() if k in usual and v != usual[k] and not is_ours}

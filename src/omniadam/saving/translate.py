@@ -239,7 +239,8 @@ def _to_torch(snapshot: Snapshot) -> Snapshot:
     count = int(snapshot.tensors[ITERATION].read())
     for v in snapshot.variables:
         since = int(snapshot.tensors[f"extension.{v.extension}"].read()) if v.extension else 0
-        tensors[f"{v.name}.step"] = _counted(count - since)
+        # -1: it has not made a step yet.
+        tensors[f"{v.name}.step"] = _counted(count - since if since >= 0 else 0)
     names = [v.name for v in snapshot.variables]
     free = set(filter(_exclusion(settings), names)) if decay else set()
     groups = [{**group, "params": [name for name in names if name not in free]}]
