@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, on Lin
 import triton
 from triton.backends.compiler import GPUTarget
 
-from inner import Skipped, outcomes
+from inner import interpreted
 from omniadam.kernels import cpu
 from omniadam.kernels import triton as kernels
 from omniadam.rule import Pass, Rule
@@ -40,18 +39,12 @@ REGISTERS = {"step": 80, "full": 96, "everything": 128}
 INTERPRETED = re.findall(r"^def (test_\w+)", (HERE / "triton_interpreted.py").read_text(), re.M)
 
 
-@cache
-def interpreted() -> dict[str, str | None]:
-    return outcomes("triton_interpreted.py", INTERPRETED, {"TRITON_INTERPRET": "1"})
+check = interpreted("triton_interpreted.py")
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted(name: str) -> None:
-    found = {k: v for k, v in interpreted().items() if k.partition("[")[0] == name and k != name}
-    for failed in found.values() or [interpreted()[name]]:
-        assert not isinstance(failed, Skipped)
-        if failed is not None:
-            pytest.fail(failed, pytrace=False)
+def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
+    check(request)
 
 
 # --- what machine code they become ---
