@@ -164,6 +164,26 @@ def test_other_types(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bits(ours) == bits(trained(case, dtype, monkeypatch, TorchMemory))
 
 
+def test_variables_that_come_later(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    results = []
+    for kind in (TorchCuda, TorchMemory):
+        with monkeypatch.context() as patch:
+            patch.setattr(Torch, "kind_for", classmethod(lambda cls, v, kind=kind: kind))
+            patch.setenv("OMNIADAM_KERNEL", "" if kind is TorchCuda else "numpy")
+            params = [as_tensor(v) for v in variables(shapes=SHAPES)]
+            opt = Adam(0.01, use_ema=True)
+            opt.build(params[:3])
+            for step in range(3):
+                grads = list(map(as_tensor, gradients(step, SHAPES)))
+                if step == 1:
+                    opt.extend(params[3:])
+                count = 3 if step == 0 else len(params)
+                opt.apply_gradients(zip(grads[:count], params[:count], strict=True))
+            results.append(bits([*params, *opt.variables]))
+    assert results[0] == results[1]
+    assert gpu.launched == ["sweep"] * 5
+
+
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     found = variables("float64", seed, SHAPES)
     return [nn.Parameter(torch.from_numpy(np.array(v)).to(dtype)) for v in found]

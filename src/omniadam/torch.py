@@ -796,7 +796,7 @@ def _is_fixed(group: Mapping[str, Any]) -> bool:
 
 
 def _settings(
-    group: Mapping[str, Any], scaled: bool, clipped: bool, is_there: bool
+    group: Mapping[str, Any], scaled: bool, clipped: bool, is_there: bool = False
 ) -> GroupSettings:
     """The settings that stand in a group now, whoever put them there.
 

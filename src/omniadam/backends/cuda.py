@@ -25,7 +25,7 @@ from .. import slow
 from ..kernels import cpu, layout
 from ..kernels.layout import Operand
 from ..rule import Pass, Rule, clip_factor
-from .base import Entry, Group, Selection, Sums, nothing_measured
+from .base import Entry, Group, Part, Selection, Sums, nothing_measured
 from .host import Gradients, _overlaps, _spans
 from .torch import TorchDevice, _is_plain, _region_of, _tensors, _written, making_state
 
@@ -344,7 +344,19 @@ class Located:
     # By the identities of a pass and a rule, which are kept for ever, and what is odd.
     plans: dict[Any, tuple[list[Launch], list[Tensor], Pass, Rule]] = field(default_factory=dict)
     sums: dict[Any, Any] = field(default_factory=dict)
+    # Of the parts of the selection, by the identities of what they are known by.
+    parts: dict[int, Located] = field(default_factory=dict)
     known: Any = None  # of `FastTorch`
+
+    def part(self, part: Part, count: int) -> Located:
+        """The same of a part, of a selection with so many gradients."""
+        found = self.parts.get(id(part.since))
+        if found is None:
+            operands = [self.operands[i] for i in part.positions]
+            operands += [self.operands[count + i] for i in part.rest]
+            odd = tuple(k for k, i in enumerate(part.rest) if i in self.odd_rest)
+            found = self.parts[id(part.since)] = Located(self.places, self.memory, operands, odd)
+        return found
 
 
 class TorchCuda(TorchDevice):
@@ -378,6 +390,15 @@ class TorchCuda(TorchDevice):
         if self.fast is not None:
             self.fast.note(selection, gathered)
         return gathered
+
+    def part(self, gradients: Any, part: Part) -> Any:
+        positions = part.positions
+        return Gradients(
+            array("q", [gradients.addresses[i] for i in positions]),
+            [gradients.native[i] for i in positions],
+            {k: gradients.odd[i] for k, i in enumerate(positions) if i in gradients.odd},
+            gradients.located.part(part, len(gradients.native)),
+        )
 
     def _located(self, selection: Selection) -> Located:
         before: Located | None = selection.prepared
