@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -43,6 +44,7 @@ LIBRARIES = (
     "tensorflow",
     "tf_keras",
     "torch",
+    *(["triton"] if sys.platform == "linux" else []),
 )
 
 

@@ -79,3 +79,31 @@ def by_backend(script: str, **environment: str) -> Callable[[pytest.FixtureReque
             pytest.fail(failed, pytrace=False)
 
     return check
+
+
+def interpreted(script: str) -> Callable[[pytest.FixtureRequest], None]:
+    """What a test with the parameter `name` calls: Triton interprets kernels in there.
+
+    All that are asked for run in one process; a name may stand for several cases.
+    """
+    ended: dict[str, str | None] = {}
+
+    def check(request: pytest.FixtureRequest) -> None:
+        this = request.node
+        if not ended:
+            items = [each for each in request.session.items if each.parent is this.parent]
+            chosen = [
+                each.callspec.params["name"]
+                for each in items
+                if getattr(each, "originalname", None) == this.originalname
+            ]
+            ended.update(outcomes(script, chosen, {"TRITON_INTERPRET": "1"}))
+        name = this.callspec.params["name"]
+        cases = [k for k in ended if k.startswith(f"{name}[")] or [name]
+        for case in cases:
+            failed = ended[case]
+            assert not isinstance(failed, Skipped)
+            if failed is not None:
+                pytest.fail(f"{case}: {failed}", pytrace=False)
+
+    return check

@@ -35,6 +35,9 @@ NUMPY = "test_numpy.py -k every_setting"
 RULES = "test_rules.py -k numpy"
 OPTAX = "test_optax.py -k updates_are"
 DROP_IN = "test_torch_optim.py -k the_same_numbers"
+MACHINE_CODE = "test_triton.py -k machine_code"
+INTERPRETED = "test_triton.py -k every_pass"
+CAPTURED = "test_cuda.py -k capture"
 OLDER = "test_contrib_keras.py test_optimizer_v2.py -k numbers"
 
 FAULTS = [
@@ -50,18 +53,62 @@ FAULTS = [
         "v + (squared - v) * weight_2 if",
         "test_short_betas.py",
     ),
-    Fault("rule.py", "v_hat = maximum(slots[2], v)", "v_hat = v", NUMPY),
+    Fault("rule.py", "maximum(slots[2], v) if amsgrad else v", "v", NUMPY),
     Fault(
         "rule.py",
-        "return w - divide(alpha * step, root + epsilon), (m, v)\n",
-        "return w - divide(alpha * step, root), (m, v)\n",
+        "return w - divide(alpha * step, root + epsilon), slots\n",
+        "return w - divide(alpha * step, root), slots\n",
         NUMPY,
     ),
     Fault("rule.py", "step = m * ahead + g * fresh if", "step = m * ahead if", OPTAX),
+    # --- the kernels for GPUs
+    Fault(
+        "kernels/triton.py",
+        "return tl.div_rn(a, b)",
+        "return a / b",
+        MACHINE_CODE,
+    ),
+    Fault("kernels/triton.py", "return tl.sqrt_rn(x)", "return tl.sqrt(x)", MACHINE_CODE),
+    Fault("kernels/triton.py", '"enable_fp_fusion": False', '"num_stages": 1', MACHINE_CODE),
+    Fault("kernels/triton.py", "tl.multiple_of(n & -VECTOR, VECTOR)", "n", MACHINE_CODE),
+    Fault(
+        "kernels/triton.py",
+        "        p = tl.multiple_of(p, 16)\n",
+        "        p = p\n",
+        MACHINE_CODE,
+    ),
+    Fault("kernels/triton.py", "0x7FFF + ((bits", "0x8000 + ((bits", INTERPRETED),
+    Fault("kernels/triton.py", "        if whole < n:", "        if n < 0:", INTERPRETED),
+    Fault(
+        "kernels/triton.py",
+        "tl.float64)) + F.places[0]) != 0:",
+        "tl.float64)) + F.places[0]) > 1e9:",
+        "test_triton.py -k skips",
+    ),
+    Fault(
+        "kernels/triton.py",
+        "while s < _word(firsts, p + 1):",
+        "while s < _word(firsts, p):",
+        "test_triton.py -k sums",
+    ),
+    Fault("backends/cuda.py", "and event.query()", "", "test_cuda.py -k pinned"),
+    Fault("backends/cuda.py", "            self._kept.append(spare)\n", "", CAPTURED),
+    Fault(
+        "backends/cuda.py",
+        "                self.spare = None\n",
+        "                pass\n",
+        CAPTURED,
+    ),
+    Fault(
+        "backends/cuda.py",
+        "torch._foreach_add_(steps, (skip == 0)",
+        "torch._foreach_add_(steps, (skip == skip)",
+        "test_cuda.py -k skips",
+    ),
     Fault(
         "rule.py",
-        "root = sqrt(v + under_root) if rooted",
-        "root = sqrt(v) + under_root if rooted",
+        "root = sqrt(largest + under_root) if rooted",
+        "root = sqrt(largest) + under_root if rooted",
         OPTAX,
     ),
     Fault(

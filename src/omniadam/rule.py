@@ -1,10 +1,11 @@
 """Adam on one element: the only arithmetic in the project.
 
 The functions here are written once and bound to a compiler's or a library's own functions: Numba
-compiles them into the CPU kernels, XLA traces them, and NumPy or PyTorch runs them on whole arrays.
-They therefore use nothing but operators and the functions they are given, they hold no number of
-their own (a Python constant would widen float32 in a compiled kernel, so that zero arrives as a
-coefficient too), and they never branch on a value, only on settings fixed before compilation.
+compiles them into the CPU kernels, Triton into those of a GPU, XLA traces them, and NumPy or
+PyTorch runs them on whole arrays. They therefore use nothing but operators and the functions they
+are given, they hold no number of their own (a Python constant would widen float32 in a compiled
+kernel, so that zero arrives as a coefficient too), and they never branch on a value, only on
+settings fixed before compilation.
 
 Letters are the paper's (Kingma & Ba 2014, https://arxiv.org/abs/1412.6980); in the public surface
 they have Keras's names:
@@ -216,19 +217,22 @@ def make_adam(
         m = g + (m - g) * weight_1 if short_1 else m + (g - m) * weight_1
         v = squared + (v - squared) * weight_2 if short_2 else v + (squared - v) * weight_2
         step = m * ahead + g * fresh if nesterov else m
-        if amsgrad:
-            v_hat = maximum(slots[2], v)
-            root = sqrt(v_hat + under_root) if rooted else sqrt(v_hat)
-            return w - divide(alpha * step, root + epsilon), (m, v, v_hat)
-        root = sqrt(v + under_root) if rooted else sqrt(v)
-        return w - divide(alpha * step, root + epsilon), (m, v)
+        largest = maximum(slots[2], v) if amsgrad else v
+        root = sqrt(largest + under_root) if rooted else sqrt(largest)
+        slots = (m, v, largest) if amsgrad else (m, v)
+        # One way out: Triton compiles what follows a `return`, too, and wants one type of all.
+        return w - divide(alpha * step, root + epsilon), slots
 
     return adam
 
 
 def make_nothing(functions: Functions) -> Update:
     """Of passes that are no step."""
-    return lambda w, g, slots, coefficients: (w, slots)
+
+    def nothing(w: Value, g: Value, slots: Values, coefficients: Values) -> tuple[Value, Values]:
+        return w, slots
+
+    return nothing
 
 
 NOTHING = Rule(make_nothing, slots=(), coefficients=())
@@ -369,12 +373,20 @@ Measure = Callable[[Value, Value, Value], Value]
 
 def make_gradient_measure(functions: Functions) -> Measure:
     """Its sum is the square of the norm of a gradient."""
-    return lambda g, before, after: g
+
+    def measured(g: Value, before: Value, after: Value) -> Value:
+        return g
+
+    return measured
 
 
 def make_change_measure(functions: Functions) -> Measure:
     """Its sum is the square of the norm of what a step changed."""
-    return lambda g, before, after: after - before
+
+    def measured(g: Value, before: Value, after: Value) -> Value:
+        return after - before
+
+    return measured
 
 
 MEASURES: dict[str, Callable[[Functions], Measure]] = {

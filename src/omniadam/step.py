@@ -305,6 +305,4 @@ class Step(NamedTuple):
         if not self.passes.step.clipped_by_factor:
             return ()
         group = Group(self.passes.norm, NOTHING, selection, (), pass_c)
-        norms = backend.norms(group, gradients, joint=self.clip.joint)
-        factors = self.clip.factors(backend.functions, norms, self.settings.threshold)
-        return factors * len(selection.entries) if self.clip.joint else factors
+        return backend.clip_factors(group, gradients, self.clip, self.settings.threshold)

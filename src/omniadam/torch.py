@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, repeat
 from operator import is_, itemgetter, setitem
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -28,7 +28,7 @@ with versions.imported("torch", user="omniadam.torch"):
     from torch.optim.optimizer import ParamsT
 
 from .adam import ADAM, AMSGRAD, by_memory
-from .backends import sharded
+from .backends import cuda, sharded
 from .backends.base import Entry, Group, Selection
 from .backends.deferred import Rows
 from .backends.host import Numbers
@@ -84,7 +84,9 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             `torch.optim.Adam`. `weight_decay` is an L2 penalty unless it is decoupled.
         foreach, fused: accepted; there is one implementation. With `fused=True` a
             `torch.amp.GradScaler` leaves it to the step to unscale, as with torch's own.
-        capturable, differentiable: must be False.
+        capturable: whether steps are counted on the device, so that CUDA graphs can capture them.
+            It needs the kernels for NVIDIA GPUs; the first step cannot be captured.
+        differentiable: must be False.
         epsilon_hat: whether `eps` is the "epsilon hat" of Keras, outside of the bias correction.
         clipnorm: number > 0, or None. The gradient of each parameter is scaled down to have at
             most this Euclidean norm.
@@ -99,7 +101,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
 
     Raises:
         ValueError: if a setting is out of its range, or more than one clip is set.
-        RuntimeError: if `capturable` or `differentiable` is set.
+        RuntimeError: if `differentiable` is set, or `capturable` where it cannot be had.
 
     Example:
         >>> import torch
@@ -123,6 +125,9 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _own: list[tuple[Tensor, Tensor]]
     # What the last step was prepared for: see `_forget`.
     _is_watched: bool | None = None
+    # Whether steps are counted on the GPUs of the parameters, where a step may be skipped, captured
+    # in a graph, or both.
+    _is_clocked = False
     _params: Sequence[Tensor] = ()
     _sizes: Sequence[int] = ()
     _absent: Sequence[bool] = ()
@@ -187,7 +192,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        if fused:  # else a GradScaler unscales by itself, in a pass of its own
+        # Else a GradScaler unscales by itself, in a pass of its own, and on a GPU waits for it.
+        if fused or _are_on_gpus([p for group in self.param_groups for p in group["params"]]):
             self._step_supports_amp_scaling = _is_grad_scaler_known()
 
     if not TYPE_CHECKING:
@@ -206,6 +212,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         """
         self.defaults.update(self._given)
         if isinstance(param_group, dict):
+            if param_group.get("capturable", self.defaults["capturable"]):
+                _check_capturable(param_group)
             param_group.update(_checked({**self.defaults, **param_group}, only=param_group))
         super().add_param_group(param_group)
 
@@ -276,31 +284,69 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         # What a GradScaler leaves here for a step that unscales by itself.
         found_inf, given = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         count = len(self.state)
+        if not self._is_clocked and self._wants_clock(found_inf):
+            self._is_clocked = True
+            self._forget()
         replaced: list[Replaced] = []
         whole = Work()
         try:
             if self._own:
                 raise RuntimeError("The parameters hold averages: step outside of averaged().")
-            is_skipped = found_inf is not None and _number("found_inf", found_inf) != 0.0
-            scale = 1.0 if given is None else _number("grad_scale", given, unknown=1.0)
+            self._check_captured()
+            is_asked = found_inf is not None and not self._is_clocked
+            is_skipped = is_asked and _number("found_inf", found_inf) != 0.0
+            scale: Any = 1.0 if given is None else given
+            if not self._is_clocked and given is not None:
+                scale = _number("grad_scale", given, unknown=1.0)
             work = self._arranged(replaced)
+            if self._is_clocked and not all(b.is_decided_there(found) for b, found in work):
+                is_skipped = found_inf is not None and _number("found_inf", found_inf) != 0.0
+                scale = 1.0 if given is None else _number("grad_scale", given, unknown=1.0)
+                found_inf = None
             if is_skipped or (count == 0 and self._is_initialisation()):
                 return
             factors = self._clip_factors(work, scale)
+            skip = found_inf if self._is_clocked else None
             plan = [
-                bucket.planned(self.param_groups[bucket.group], factors.get(bucket, ()), scale)
+                bucket.planned(
+                    self.param_groups[bucket.group], factors.get(bucket, ()), scale, skip
+                )
                 for bucket, _ in work
             ]
             for (bucket, gradients), planned in zip(work, plan, strict=True):
                 bucket.add_to(whole, gradients, planned)
+            launches = [
+                bucket.prepared(gradients, planned)
+                for (bucket, gradients), planned in zip(work, plan, strict=True)
+            ]
         except BaseException:
             self._undo(replaced, count)
             raise
         whole.whole(whole.do)
-        for (bucket, gradients), planned in zip(work, plan, strict=True):
-            bucket.advance(gradients, planned)
-        if scale != 1.0:
+        for (bucket, _), planned, calls in zip(work, plan, launches, strict=True):
+            bucket.advance(planned, calls)
+        # On a GPU they stay as they are: nobody there knows yet whether they are to be divided.
+        if not isinstance(scale, Tensor) and scale != 1.0:
             self._unscale(scale)
+
+    def _wants_clock(self, found_inf: Any) -> bool:
+        """Whether steps are to be counted on a GPU from now on."""
+        if found_inf is not None and cuda.is_there(found_inf):
+            return True
+        return any(group["capturable"] for group in self.param_groups)
+
+    def _check_captured(self) -> None:
+        """Raise RuntimeError if a graph is captured of what cannot be replayed."""
+        if not cuda.is_capturing():
+            return
+        for group in self.param_groups:
+            if not group["capturable"]:
+                raise RuntimeError(
+                    "A step that is captured in a CUDA graph must count on the device: create the "
+                    "optimizer with `capturable=True`. Received capturable=False."
+                )
+            if any(p.grad is not None and not self.state.get(p) for p in group["params"]):
+                raise RuntimeError(cuda.WARM_UP)
 
     def _undo(self, replaced: list[Replaced], count: int) -> None:
         """Leave all as it was before a step that cannot be made."""
@@ -346,7 +392,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             self._buckets = [
                 part
                 for bucket in self._buckets
-                for part in bucket.renewed(state, groups[bucket.group], replaced)
+                for part in bucket.renewed(state, groups[bucket.group], replaced, self._is_clocked)
             ]
             for bucket in self._buckets:
                 if bucket.has_state:
@@ -374,8 +420,10 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         """Whether this is no step of training: torch.distributed.checkpoint makes an optimizer
         create its state by a step with rates and gradients of zero, which must do nothing else.
         """
-        rates = [_number("lr", group["lr"]) for group in self.param_groups]
-        return not any(rates) and not any(
+        rates = [group["lr"] for group in self.param_groups]
+        if any(map(cuda.is_there, rates)):  # which the host does not read, and nobody set to zero
+            return False
+        return not any(_number("lr", rate) for rate in rates) and not any(
             sharded.has_values(p.grad) for p in self._params if p.grad is not None
         )
 
@@ -396,8 +444,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                     p.grad = p.grad / scale
 
     def _clip_factors(
-        self, work: Sequence[tuple[_Bucket, Any]], scale: float
-    ) -> dict[_Bucket, list[Any]]:
+        self, work: Sequence[tuple[_Bucket, Any]], scale: Any
+    ) -> dict[_Bucket, Sequence[Any]]:
         """What the gradients of each bucket are multiplied by, where a norm clips them."""
         groups = self.param_groups
         is_global = any(group.get("global_clipnorm") is not None for group in groups)
@@ -409,6 +457,10 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 "fully_shard. FullyShardedDataParallel keeps parts of them in ordinary tensors: "
                 "call its clip_grad_norm_() before the step instead."
             )
+        if not self._meshes:
+            found = self._factors_by_kernels([w for w in work if not w[0].is_absent], scale)
+            if found is not None:
+                return found
         sums = {b: b.square_sums(gradients, scale) for b, gradients in work if not b.is_absent}
         if self._meshes:
             places = {i: (s, k) for b, s in sums.items() for k, i in enumerate(b.positions)}
@@ -419,7 +471,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         norm = DeviceNumbers.sqrt(
             sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in every)
         )
-        factors: dict[_Bucket, list[Any]] = {}
+        factors: dict[_Bucket, Sequence[Any]] = {}
         for bucket, squares in sums.items():
             group = groups[bucket.group]
             limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
@@ -430,6 +482,34 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             elif global_limit is not None:
                 (factor,) = NormClip(joint=True).factors(DeviceNumbers, [norm], global_limit)
                 factors[bucket] = [bucket.number(factor)] * len(squares)
+        return factors
+
+    def _factors_by_kernels(
+        self, work: Sequence[tuple[_Bucket, Any]], scale: Any
+    ) -> dict[_Bucket, Sequence[Any]] | None:
+        """The same, where one launch on a GPU makes them of partial sums; None elsewhere."""
+        if not work or not all(isinstance(b.backend, cuda.TorchCuda) for b, _ in work):
+            return None
+        parts = {b: (b.backend, b.norm(scale), gradients) for b, gradients in work}
+        factors: dict[_Bucket, Sequence[Any]] = {}
+        wanted: dict[float, list[_Bucket]] = {}
+        for bucket in parts:
+            group = self.param_groups[bucket.group]
+            limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
+            if limit is not None:
+                found = cuda.clip_factors([parts[bucket]], NormClip(), [limit])
+                if found is None:
+                    return None
+                factors[bucket] = found[0][0]
+            elif global_limit is not None:
+                wanted.setdefault(global_limit, []).append(bucket)
+        if wanted:
+            found = cuda.clip_factors(list(parts.values()), NormClip(joint=True), list(wanted))
+            if found is None:
+                return None
+            for each, buckets in zip(found, wanted.values(), strict=True):
+                by_bucket = dict(zip(parts, each, strict=True))
+                factors |= {bucket: by_bucket[bucket] for bucket in buckets}
         return factors
 
     # --- averages ---
@@ -636,11 +716,30 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[misc]
 
 def _checked(settings: Mapping[str, Any], only: Iterable[str] = _EXTRAS) -> dict[str, Any]:
     """The settings of a group that torch has not, checked and converted: those in `only`."""
-    for name, why in _REFUSED.items():
-        if settings.get(name):
-            raise RuntimeError(f"`{name}=True` cannot be honoured: {why}")
+    if settings.get("differentiable"):
+        why = _REFUSED["differentiable"]
+        raise RuntimeError(f"`differentiable=True` cannot be honoured: {why}")
     options.check_clips({name: settings.get(name) for name in options.CLIPS})
     return {k: _EXTRAS[k].check(k, settings[k]) for k in _EXTRAS if k in only and k in settings}
+
+
+def _are_on_gpus(params: Sequence[Tensor]) -> bool:
+    """Whether the kernels of GPUs step all of these."""
+    return all(map(cuda.is_on_gpu, params)) and cuda.can_step(list(map(sharded.inner, params)))
+
+
+def _check_capturable(group: dict[str, Any]) -> None:
+    """Raise RuntimeError unless the kernels of GPUs step all of a group's parameters."""
+    params = group.get("params", ())
+    if not isinstance(params, (Tensor, set)):  # sets are refused by torch
+        group["params"] = params = list(params)
+    every = (
+        [params]
+        if isinstance(params, Tensor)
+        else [each[1] if isinstance(each, tuple) else each for each in params]
+    )
+    if not _are_on_gpus([each for each in every if isinstance(each, Tensor)]):
+        raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
 
 
 def _number(name: str, value: Any, unknown: float = 0.0) -> float:
@@ -657,7 +756,8 @@ def _number(name: str, value: Any, unknown: float = 0.0) -> float:
 
 _REFUSED = {
     "capturable": "the coefficients of a step are computed on the host, and the graph of a device "
-    "would repeat those of one step for ever. Use torch.optim to capture steps.",
+    "would repeat those of one step for ever, except by the kernels for NVIDIA GPUs, which need "
+    "Triton and all parameters there. Use torch.optim to capture steps.",
     "differentiable": "a step is one pass over memory outside of autograd, through which no "
     "gradient flows. Use torch.optim to differentiate steps.",
 }
@@ -695,14 +795,21 @@ def _is_fixed(group: Mapping[str, Any]) -> bool:
     return type(betas) is tuple and all(type(each) in plain for each in (*betas, *others))
 
 
-def _settings(group: Mapping[str, Any], scaled: bool, clipped: bool) -> GroupSettings:
+def _settings(
+    group: Mapping[str, Any], scaled: bool, clipped: bool, is_there: bool = False
+) -> GroupSettings:
     """The settings that stand in a group now, whoever put them there.
+
+    The parameters may be where the kernels for GPUs step them, `is_there`.
 
     Raises:
         ValueError, RuntimeError: if a step cannot be made with them.
     """
     extras = {k: v.default for k, v in _EXTRAS.items()} | _checked(group, only=group)
-    rate, decay = _number("lr", group["lr"]), _number("weight_decay", group["weight_decay"])
+    rate = group["lr"]
+    # What lies on a GPU is read there, if its kernels make the step.
+    rate = math.nan if is_there and cuda.is_there(rate) else _number("lr", rate)
+    decay = _number("weight_decay", group["weight_decay"])
     try:
         first, second = group["betas"]
     except (TypeError, ValueError):
@@ -812,6 +919,7 @@ class _Bucket:
         self.group, self.positions, self.params = group, positions, params
         self.is_absent = False  # whether they have no gradient in this step
         self.has_state = False
+        self.is_clocked = False  # whether they are counted on their device
         # Whether its memory is not where it was compared with that of all others.
         self.has_moved = False
         self._place: Any = None
@@ -836,33 +944,45 @@ class _Bucket:
         return part
 
     def renewed(
-        self, state: Any, group: Mapping[str, Any], replaced: list[Replaced]
+        self,
+        state: Any,
+        group: Mapping[str, Any],
+        replaced: list[Replaced],
+        is_clocked: bool,
     ) -> list[_Bucket]:
-        """The bucket by the state that its parameters have now, parted by what must be alike."""
+        """The bucket by the state that its parameters have now, parted by what must be alike.
+
+        With `is_clocked`, steps are counted on GPUs.
+        """
         if self.is_current(state, group, False):
             return [self]
         names = dict(zip(map(id, group["params"]), _names(group), strict=True))
         parts: dict[Any, tuple[list[int], list[Entry]]] = {}
         with making_state():
             for k, p in enumerate(self.params):
-                key, entry = None, None
+                key: Any = None
+                entry = None
                 held = state.get(p)
                 if not self.is_absent or held:
-                    is_new = not held
-                    entry, kind = _entry(p, names[id(p)], state, group, self._names, replaced)
-                    count = 0.0 if is_new else _count(state[p]["step"])
+                    entry, kind, count = _entry(
+                        p, names[id(p)], state, group, self._names, replaced, is_clocked
+                    )
                     key = kind, entry.slot_dtype, count
+                    if is_clocked and kind is cuda.TorchCuda:  # a clock is of one device
+                        key = *key, entry.variable.device
                 indices, entries = parts.setdefault(key, ([], []))
                 indices.append(k)
                 entries += [] if entry is None else [entry]
         result = []
         for indices, entries in parts.values():
             part = self._part(indices, self.is_absent)
-            part._prepare(entries, state, group)
+            part._prepare(entries, state, group, is_clocked)
             result.append(part)
         return result
 
-    def _prepare(self, entries: list[Entry], state: Any, group: Mapping[str, Any]) -> None:
+    def _prepare(
+        self, entries: list[Entry], state: Any, group: Mapping[str, Any], is_clocked: bool
+    ) -> None:
         self._names = _slot_names(group)
         self.has_state = bool(entries)
         if not entries:
@@ -874,15 +994,16 @@ class _Bucket:
         self._places, self._looks = self._placed(), list(map(sharded.looks, self.params))
         steps = [each["step"] for each in self._states]
         is_watched = _is_watched()
+        self._variables = [entry.variable for entry in entries]
+        self._backend: Any = _kind_for(self._variables)()
+        self.is_clocked = is_clocked and isinstance(self._backend, cuda.TorchCuda)
         self._unreachable = [step for step in steps if is_watched or not _is_plain(step)]
         self._steps = [] if is_watched else list(filter(_is_plain, steps))
         self.count_places = list(map(Tensor.data_ptr, self._steps))
-        self._counts = [step.numpy() for step in self._steps]
-        self._t = _count(steps[0])
+        self._counts = [] if self.is_clocked else [step.numpy() for step in self._steps]
+        self._t: Any = 0.0 if self.is_clocked else _count(steps[0])
         self._ts = [self._t] * len(self._counts)
         self._is_double = entries[0].slot_dtype == "float64"
-        self._variables = [entry.variable for entry in entries]
-        self._backend: Any = _kind_for(self._variables)()
         self._selection = Selection(tuple(entries), ())
         if isinstance(self._backend, TorchMemory) and self._backend.fast is not None:
             self._backend.fast.note_built(self._selection.entries)  # they were described just now
@@ -954,12 +1075,18 @@ class _Bucket:
         """What steps them."""
         return self._backend
 
-    def square_sums(self, gradients: Any, scale: float) -> list[Any]:
+    def norm(self, scale: Any) -> Group:
+        """The pass that measures gradients, of the parts of them that are here."""
+        kind = _NORMS[isinstance(scale, Tensor) or scale != 1.0]
+        return Group(kind, NOTHING, self._selection, (), PassCoefficients(scale))
+
+    def is_decided_there(self, gradients: Any) -> bool:
+        """Whether kernels alone make the step, which read on their device if it is to be made."""
+        return self.is_clocked and not (gradients.odd or gradients.located.odd_rest)
+
+    def square_sums(self, gradients: Any, scale: Any) -> list[Any]:
         """The sum of squares of each gradient, of the part of it that is here."""
-        kind, pass_c = _NORMS[scale != 1.0], PassCoefficients(scale)
-        found: list[Any] = self._backend.square_sums(
-            Group(kind, NOTHING, self._selection, (), pass_c), gradients
-        )
+        found: list[Any] = self._backend.square_sums(self.norm(scale), gradients)
         return found
 
     def number(self, factor: Any) -> Any:
@@ -967,27 +1094,39 @@ class _Bucket:
         return float(factor) if isinstance(self._backend, TorchMemory) else factor
 
     def planned(
-        self, group: Mapping[str, Any], factors: Sequence[Any], scale: float
+        self, group: Mapping[str, Any], factors: Sequence[Any], scale: Any, skip: Tensor | None
     ) -> Group | None:
-        """What the backend is to do in this step; without gradients, only the averages."""
-        scaled, clipped = scale != 1.0, bool(factors)
+        """What the backend is to do in this step; without gradients, only the averages.
+
+        A device skips it where `skip` is not zero.
+        """
+        if group["capturable"] and not self.is_clocked:
+            raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
+        self._skip = skip
+        scaled, clipped = isinstance(scale, Tensor) or scale != 1.0, bool(factors)
+        if self.is_clocked:
+            self._t = self._steps[0].to(torch.float64)
         held = [scaled, clipped, *map(group.get, _READ)]
         if not self._is_fixed or not all(map(is_, held, self._held)):
-            self._settings = _settings(group, scaled, clipped)
+            is_there = isinstance(self._backend, cuda.TorchCuda)
+            self._settings = _settings(group, scaled, clipped, is_there)
             self._held, self._is_fixed = held, _is_fixed(group)
         now = self._settings
         kind, others = now.passes.step, now.others
         if scaled:
             others = others._replace(scale=scale)
-        pass_c = pass_coefficients(Numbers, kind, others, now.rate, self._t)
+        rate: Any = now.rate
+        if isinstance(self._backend, cuda.TorchCuda) and cuda.is_there(group["lr"]):
+            rate = group["lr"].detach().to(torch.float64)
+        pass_c = pass_coefficients(self._functions, kind, others, rate, self._t)
         if self.is_absent:
             average = now.passes.average
             return Group(average, NOTHING, self._idle, (), pass_c) if average.averaged else None
         if kind.decayed:
             pass_c = pass_c._replace(decay=self._lost(pass_c.decay))
         rule_c = adam_coefficients(
-            Numbers,
-            now.rate,
+            self._functions,
+            rate,
             self._t + 1.0,
             now.beta_1,
             now.beta_2,
@@ -1008,17 +1147,29 @@ class _Bucket:
             counted = map(setitem, self._counts, repeat(...), repeat(self._t + 1.0))
             whole.calls.append((list, counted))
 
-    def advance(self, gradients: Any, planned: Group | None) -> None:
+    def prepared(self, gradients: Any, planned: Group | None) -> list[Callable[[], Any]]:
+        """What makes the step elsewhere: on a GPU, all that can fail is done."""
+        if planned is None or isinstance(self._backend, TorchMemory):
+            return []
+        if isinstance(self._backend, cuda.TorchCuda):
+            self._backend.skip = self._skip
+            return self._backend.prepared(planned, gradients)
+        return [partial(self._backend.sweep, planned, gradients)]
+
+    def advance(self, planned: Group | None, calls: Sequence[Callable[[], Any]]) -> None:
         """Make the step elsewhere, and note that it was made."""
         if planned is None:
             return
         is_on_host = isinstance(self._backend, TorchMemory)
-        if not is_on_host:
-            self._backend.sweep(planned, gradients)
+        for call in calls:
+            call()
         if self.is_absent:
             return
         if not self._is_plain:
             torch.autograd.graph.increment_version(self.params)
+        if self.is_clocked:
+            cuda.count_up(self._steps, self._skip)
+            return
         t = self._t + 1.0
         for count in () if is_on_host else self._counts:
             count[()] = t
@@ -1029,11 +1180,18 @@ class _Bucket:
         self._t = self._counts[0].item() if self._counts else t  # float32 counts to 2**24
         self._ts = [self._t] * len(self._counts)
 
-    def _lost(self, decay: float) -> float:
+    @property
+    def _functions(self) -> Any:
+        """Those of the numbers of a step, which may be on a device."""
+        return DeviceNumbers if isinstance(self._backend, cuda.TorchCuda) else Numbers
+
+    def _lost(self, decay: Any) -> Any:
         """The part of a parameter that decoupled decay takes away, as torch rounds it: it
         multiplies by the rest in the parameter's type, in which 1 - 1e-5 is 1.36e-8 too small.
         """
         rest = 1.0 - decay
+        if isinstance(rest, Tensor):
+            return 1.0 - (rest if self._is_double else rest.to(torch.float32).to(torch.float64))
         return 1.0 - (rest if self._is_double else float(np.float32(rest)))
 
 
@@ -1057,7 +1215,7 @@ def _buckets(params: list[Tensor], sizes: Sequence[int]) -> list[_Bucket]:
 def _check_distinct(buckets: Sequence[_Bucket]) -> None:
     """Raise ValueError if two parameters share memory, in whatever groups they stand."""
     for kind in (TorchMemory, TorchDevice):
-        found = [bucket for bucket in buckets if type(bucket.backend) is kind]
+        found = [bucket for bucket in buckets if isinstance(bucket.backend, kind)]
         # In one bucket, what lies in the host's memory was compared as it was gathered.
         if len(found) > (kind is TorchMemory):
             kind().check_distinct([entry for bucket in found for entry in bucket.entries])
@@ -1095,11 +1253,13 @@ def _entry(
     group: Mapping[str, Any],
     known: Sequence[str],
     replaced: list[Replaced],
-) -> tuple[Entry, type[Torch]]:
+    is_clocked: bool,
+) -> tuple[Entry, type[Torch], float]:
     """A parameter with its state, which is created, or brought into the form that a step needs,
-    and the kind of backend that steps it.
+    the kind of backend that steps it, and how many steps it has made.
 
     `known` are the names of what the last step kept, if there was one: that may not be missing.
+    With `is_clocked`, steps are counted on a GPU.
     """
     variable = sharded.inner(p)
     kind = _kind_for([variable])
@@ -1108,11 +1268,25 @@ def _entry(
     if held != {}:
         _check_complete(held, (*_OWN, *known), name)
     replaced.append((held, dict(held)))
-    held |= {key: _slot(key, held.get(key), p, name, group) for key in names}
+    count = 0.0
+    if held.get("step") is not None:
+        count = _count(_slot("step", held["step"], p, name, group))
+    on_gpu = is_clocked and kind is cuda.TorchCuda
+    if on_gpu and not _counts_on(held.get("step"), variable.device):
+        like = {"dtype": torch.float32, "device": variable.device}
+        held["step"] = torch.full((), count, **like)
+    kept = {"step"} if on_gpu else ()
+    held |= {key: _slot(key, held.get(key), p, name, group) for key in names if key not in kept}
     entry.slots = tuple(sharded.inner(held[key]) for key in names[1:] if key != "average")
     if group.get("use_ema"):
         entry.average = sharded.inner(held["average"])
-    return entry, kind
+    return entry, kind, count
+
+
+def _counts_on(step: Any, device: torch.device) -> bool:
+    """Whether it is a count on a GPU already."""
+    is_count = isinstance(step, Tensor) and step.dtype == torch.float32 and step.shape == ()
+    return is_count and step.device == device
 
 
 def _check_complete(held: Any, names: Iterable[str], name: str) -> None:

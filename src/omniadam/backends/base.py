@@ -483,6 +483,16 @@ class Backend(ABC):
         sums = self.square_sums(group, gradients)
         return list(map(self.functions.sqrt, [sum(sums)] if joint else sums))
 
+    def clip_factors(
+        self, group: Group, gradients: Any, clip: Any, threshold: Any
+    ) -> Sequence[Any]:
+        """What each gradient is multiplied by, as a `step.NormClip` says of what a pass finds that
+        measures gradients only.
+        """
+        norms = self.norms(group, gradients, joint=clip.joint)
+        factors: list[Any] = clip.factors(self.functions, norms, threshold)
+        return factors * len(group.entries) if clip.joint else factors
+
     @abstractmethod
     def sweep(self, group: Group, gradients: Any) -> Sums:
         """Take every element of the group through `rule.make_element`, in place.

@@ -128,7 +128,11 @@ class Torch(Backend):
 
     @classmethod
     def kind_for(cls, variables: Sequence[Any]) -> type[Torch]:
-        return TorchMemory if all(map(_is_on_host, variables)) else TorchDevice
+        if all(map(_is_on_host, variables)):
+            return TorchMemory
+        from . import cuda
+
+        return cuda.TorchCuda if cuda.can_step(variables) else TorchDevice
 
     def name_of(self, variable: Tensor) -> None:
         return None
@@ -593,8 +597,21 @@ class DeviceNumbers(Numbers):
         return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
     @staticmethod
+    def expm1(x: Any) -> Any:
+        return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
+
+    @staticmethod
     def maximum(a: Any, b: Any) -> Any:
         return torch.clamp(a, min=b) if isinstance(a, Tensor) else Numbers.maximum(a, b)
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if not isinstance(condition, Tensor):
+            return a if condition else b
+        # Filled on the device: a number that is copied there would be waited for.
+        like = {"dtype": torch.float64, "device": condition.device}
+        found = [x if isinstance(x, Tensor) else torch.full((), x, **like) for x in (a, b)]
+        return torch.where(condition, *found)
 
 
 class TorchDevice(Torch, Functional):

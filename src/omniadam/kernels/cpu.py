@@ -79,11 +79,22 @@ def why_not() -> str:
     return _switched_off() or _numba_problem()
 
 
+def choice() -> str:
+    """What OMNIADAM_KERNEL asks for.
+
+    Nothing, the fastest there is; "triton", that the kernels of GPUs be used; "numba", the CPU's
+    alone; "numpy", none.
+    """
+    found = os.environ.get("OMNIADAM_KERNEL", "")
+    if found not in ("", "triton", "numba", "numpy"):
+        raise ValueError(
+            f"OMNIADAM_KERNEL must be 'triton', 'numba' or 'numpy'. Received: {found!r}"
+        )
+    return found
+
+
 def _switched_off() -> str:
-    choice = os.environ.get("OMNIADAM_KERNEL", "")
-    if choice not in ("", "numba", "numpy"):
-        raise ValueError(f"OMNIADAM_KERNEL must be 'numba' or 'numpy'. Received: {choice!r}")
-    if choice == "numpy":
+    if choice() == "numpy":
         return "OMNIADAM_KERNEL is numpy"
     off = os.environ.get("NUMBA_DISABLE_JIT", "0")
     return f"NUMBA_DISABLE_JIT is {off}" if off not in ("", "0") else ""
