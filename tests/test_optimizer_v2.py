@@ -1225,7 +1225,7 @@ def test_order_after_a_checkpoint(kind: str, tf: Any, tf_keras: Any, tmp_path: A
     order = [copies[2], late, *copies[:2], copies[3]]
     slots = [other.get_slot(w, name) for name in ("m", "v") for w in order]
     assert {id(w) for w in other.weights[1:]} == {id(slot) for slot in slots}
-    assert [float(x[0]) for x in migrate(other)._state.awaited[2::2]] == [
+    assert [float(x[0]) for x in migrate(other)._state.awaited.slots[::2]] == [
         float(slot[0]) for slot in slots[:5]
     ]
 
