@@ -999,7 +999,7 @@ def test_a_model_with_nothing_to_train() -> None:
 
 @on(*TRAINING)
 def test_h5() -> None:
-    """The optimizer of a model saved whole as .h5 goes on, though Keras sets it before the build."""
+    """The optimizer of a model saved whole as .h5 goes on, set before its build by Keras."""
     net = compiled(partial(Adam, 0.02))
     fit(net, 1)
     with tempfile.TemporaryDirectory() as folder:
