@@ -289,7 +289,7 @@ def scaler() -> str:
     from omniadam.torch import AdamW
 
     params = parameters(ODD, "cuda")
-    opt = AdamW(params, lr=0.01, use_ema=True)
+    opt = AdamW(params, lr=0.01, use_ema=True, fused=True)
     scale = torch.amp.GradScaler("cuda", init_scale=8.0)
     scale.scale(torch.ones((), device="cuda"))
     for step in range(3):

@@ -395,7 +395,7 @@ def make_lambda(functions: Any) -> Any:
 def test_a_scaler_skips_on_the_device(gpu: StandIn) -> None:
     params, others = model(), model()
     opt, plain = (
-        drop_in.AdamW(params, lr=0.01, use_ema=True),
+        drop_in.AdamW(params, lr=0.01, use_ema=True, fused=True),
         drop_in.AdamW(others, lr=0.01, use_ema=True),
     )
     for step, found in enumerate([0.0, 1.0, 0.0]):
@@ -567,3 +567,50 @@ def test_a_device_that_nothing_can_be_launched_on(monkeypatch: pytest.MonkeyPatc
     found = Gpu(torch.device("cuda", 3)).problem
     assert found == "Triton fails on cuda:3 (OSError: no compiler here)"
     assert issubclass(TorchCuda, TorchDevice)
+
+
+def test_what_a_capture_uploads_is_no_table_of_other_steps(gpu: StandIn) -> None:
+    """It is filled when the graph is replayed; and the graph's tables live as long as it does."""
+    params = model()
+    opt = drop_in.Adam(params, lr=0.01, capturable=True, global_clipnorm=1.0)
+    held = [params]
+    set_gradients(params, 0)
+    opt.step()
+    held.append([p.grad for p in params])
+    set_gradients(params, 1)
+    gpu.capturing = True
+    opt.step()
+    kept = len(gpu._kept)
+    opt.step()  # the same addresses, in another graph: from the same memory of the host
+    assert len(gpu._kept) == kept and len(gpu._captured) >= 4
+    gpu.capturing = False
+    backend = opt._buckets[0].backend
+    launches = [
+        launch for plan in opt._buckets[0]._selection.prepared.plans.values() for launch in plan[0]
+    ]
+    assert backend is not None and all(len(launch.grads) == 1 for launch in launches)
+    opt.step()
+    assert all(len(launch.grads) == 2 for launch in launches if launch.kind.updates)
+
+
+def test_omniadam_adam_is_not_captured(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    from omniadam import Adam
+
+    params = model()
+    opt = Adam()
+    opt.apply([torch.ones_like(p) for p in params], params)
+    monkeypatch.setattr(cuda, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="counts steps on the host"):
+        opt.apply([torch.ones_like(p) for p in params], params)
+
+
+def test_state_of_another_type_is_refused(gpu: StandIn) -> None:
+    params = model()
+    opt = drop_in.Adam(params, lr=0.01)
+    set_gradients(params, 0)
+    opt.step()
+    slot = opt.state[params[0]]["exp_avg"]
+    slot.data = slot.data.to(torch.bfloat16)
+    set_gradients(params, 1)
+    with pytest.raises(ValueError, match="dtype"):
+        opt.step()

@@ -192,8 +192,9 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        # Else a GradScaler unscales by itself, in a pass of its own, and on a GPU waits for it.
-        if fused or _are_on_gpus([p for group in self.param_groups for p in group["params"]]):
+        # Else a GradScaler unscales by itself, in a pass of its own. As with torch's own: there are
+        # scalers (FSDP1's) that look at all ranks only then.
+        if fused:
             self._step_supports_amp_scaling = _is_grad_scaler_known()
 
     if not TYPE_CHECKING:
@@ -333,14 +334,14 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         """Whether steps are to be counted on a GPU from now on."""
         if found_inf is not None and cuda.is_there(found_inf):
             return True
-        return any(group["capturable"] for group in self.param_groups)
+        return any(group.get("capturable") for group in self.param_groups)
 
     def _check_captured(self) -> None:
         """Raise RuntimeError if a graph is captured of what cannot be replayed."""
         if not cuda.is_capturing():
             return
         for group in self.param_groups:
-            if not group["capturable"]:
+            if not group.get("capturable"):
                 raise RuntimeError(
                     "A step that is captured in a CUDA graph must count on the device: create the "
                     "optimizer with `capturable=True`. Received capturable=False."
@@ -1100,7 +1101,7 @@ class _Bucket:
 
         A device skips it where `skip` is not zero.
         """
-        if group["capturable"] and not self.is_clocked:
+        if group.get("capturable") and not self.is_clocked:
             raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
         self._skip = skip
         scaled, clipped = isinstance(scale, Tensor) or scale != 1.0, bool(factors)
@@ -1118,6 +1119,8 @@ class _Bucket:
         rate: Any = now.rate
         if isinstance(self._backend, cuda.TorchCuda) and cuda.is_there(group["lr"]):
             rate = group["lr"].detach().to(torch.float64)
+            if self.is_clocked:  # it may be on another device than these parameters
+                rate = rate.to(self._variables[0].device, non_blocking=True)
         pass_c = pass_coefficients(self._functions, kind, others, rate, self._t)
         if self.is_absent:
             average = now.passes.average
@@ -1285,7 +1288,8 @@ def _entry(
 
 def _counts_on(step: Any, device: torch.device) -> bool:
     """Whether it is a count on a GPU already."""
-    is_count = isinstance(step, Tensor) and step.dtype == torch.float32 and step.shape == ()
+    is_count = isinstance(step, Tensor) and _is_plain(step) and step.dtype == torch.float32
+    is_count = is_count and step.shape == ()
     return is_count and step.device == device
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
@@ -91,7 +91,8 @@ def is_on_gpu(tensor: Tensor) -> bool:
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    # Asked of what is in use only: to look for a device begins CUDA, and a fork must not.
+    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def count_up(steps: list[Tensor], skip: Tensor | None) -> None:
@@ -100,7 +101,8 @@ def count_up(steps: list[Tensor], skip: Tensor | None) -> None:
         if skip is None:
             torch._foreach_add_(steps, 1.0)
         else:
-            torch._foreach_add_(steps, (skip == 0).to(torch.float32).reshape(()))
+            made = (skip == 0).reshape(()).to(torch.float32)
+            torch._foreach_add_(steps, made.to(steps[0].device, non_blocking=True))
 
 
 # --- a device ---
@@ -126,6 +128,7 @@ class Gpu:
         # Pinned memory, and what tells that it was copied.
         self._pinned: list[tuple[Tensor, Any]] = []
         self._kept: list[Spare] = []  # of captures
+        self._captured: list[tuple[Any, ...]] = []  # whose addresses are in graphs
         self.problem = self._tried()
 
     def _tried(self) -> str:
@@ -202,6 +205,11 @@ class Gpu:
         """Memory for a table that is uploaded in a capture, where none can be allocated."""
         return self.pinned(size), torch.empty(size, dtype=torch.int64, device=self.device)
 
+    def keep(self, *tables: Any) -> None:
+        """In a capture: keep them for the life of the process, as the graph has their addresses."""
+        if self.is_capturing():
+            self._captured.append(tables)
+
     def release(self, table: Tensor) -> None:
         """Let memory be used again, once the current stream has done with it."""
         table.record_stream(torch.cuda.current_stream(self.device))
@@ -263,6 +271,8 @@ class Launch:
     partials: Tensor | None  # what a pass over gradients measures, a number for each chunk
     grads: dict[bytes, Tensor] = field(default_factory=dict)
     spare: Spare | None = None
+    # By addresses, what captures upload in each replay: nobody else finds it filled.
+    captured: dict[bytes, Spare] = field(default_factory=dict)
 
     def prepared(
         self,
@@ -281,6 +291,7 @@ class Launch:
         of = self.kind, self.rule, self.dtype, on_device, joint
         kernel = self.gpu.kernel(kernels.sweep_kernel, *of)
         held = self.chunks, self.rows, grads, scales, self.partials, clock
+        self.gpu.keep(self.chunks, self.rows, grads, self.partials)
 
         def launch() -> None:
             self.gpu.launch(kernel, self.first[-1], *map(_address, held), tuple(numbers))
@@ -292,18 +303,28 @@ class Launch:
             addresses = array("q", [addresses[i] for i in self.indices])
         key = addresses.tobytes()
         found = self.grads.get(key)
+        if found is None and self.gpu.is_capturing():
+            return self._captured(key)
         if found is None:
-            if len(self.grads) >= _TABLES and not self.gpu.is_capturing():
+            if len(self.grads) >= _TABLES:
                 for table in self.grads.values():
                     self.gpu.release(table)
                 self.grads.clear()
-            table = np.frombuffer(addresses, np.int64)
-            found = self.grads[key] = self.gpu.uploaded(table, self.spare)
-            if self.gpu.is_capturing():
-                self.spare = None
+            found = self.grads[key] = self.gpu.uploaded(np.frombuffer(addresses, np.int64))
         if self.spare is None and not self.gpu.is_capturing():
             self.spare = self.gpu.spare(len(addresses))
         return found
+
+    def _captured(self, key: bytes) -> Tensor:
+        """A table that each replay fills anew, from memory that nobody else writes to."""
+        pair = self.captured.get(key)
+        if pair is not None:
+            return pair[1].copy_(pair[0], non_blocking=True)
+        pair, self.spare = self.spare, None
+        table = self.gpu.uploaded(np.frombuffer(key, np.int64), pair)  # raises without a spare one
+        assert pair is not None
+        self.captured[key] = pair
+        return table
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -322,6 +343,9 @@ class Factors(Sequence[Tensor]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(self._count))
 
     @overload
     def __getitem__(self, i: int) -> Tensor: ...
@@ -423,6 +447,11 @@ class TorchCuda(TorchDevice):
     def sweep(self, group: Group, gradients: Any) -> Sums:
         from ..kernels import triton as kernels
 
+        if is_capturing():
+            raise RuntimeError(
+                "omniadam.Adam counts steps on the host: a CUDA graph would repeat one of them for "
+                "ever. Use omniadam.torch with capturable=True."
+            )
         if kernels.why_not(group.kind) or not _can_compile(group.rule):
             return super().sweep(group, gradients.native)
         for call in self.prepared(group, gradients):
@@ -601,6 +630,7 @@ class Added:
 
         values = torch.empty(2, self._count, dtype=torch.float64, device=self._segments.device)
         sums, factors = values.unbind()
+        self._gpu.keep(self._segments, self._firsts)
         arguments = (*map(_address, (self._segments, self._firsts, sums, factors)), threshold)
         kernel = self._gpu.kernel(kernels.factor_kernel, clip)
         self._gpu.launch(kernel, self._count, *arguments)
@@ -627,6 +657,15 @@ def _operand(entry: Entry) -> Operand | None:
     """Where a variable and its state lie; None if no kernel takes them so."""
     every = _tensors(entry)
     device = entry.variable.device
+    kinds = [entry.dtype, *[entry.slot_dtype] * (len(every) - 1)]
+    for tensor, kind in zip(every, kinds, strict=True):
+        name = str(tensor.dtype).removeprefix("torch.")
+        if name != kind or tuple(tensor.shape) != entry.shape:
+            raise ValueError(
+                f"Variable '{entry.name}' and its state must be as they were built: of shape "
+                f"{entry.shape} and dtype {kind}. Received shape {tuple(tensor.shape)} and dtype "
+                f"{name}. Create a new optimizer for it."
+            )
     if not all(_is_plain(tensor) and tensor.device == device for tensor in every):
         return None
     operand = Operand(

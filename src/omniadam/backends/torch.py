@@ -609,7 +609,9 @@ class DeviceNumbers(Numbers):
         if not isinstance(condition, Tensor):
             return a if condition else b
         # Filled on the device: a number that is copied there would be waited for.
-        like = {"dtype": torch.float64, "device": condition.device}
+        # In double precision, unless it is a device that has none, which then has no such number.
+        kinds = [x.dtype for x in (a, b) if isinstance(x, Tensor)]
+        like = {"dtype": kinds[0] if kinds else torch.float64, "device": condition.device}
         found = [x if isinstance(x, Tensor) else torch.full((), x, **like) for x in (a, b)]
         return torch.where(condition, *found)
 
