@@ -253,7 +253,7 @@ def without_waiting() -> str:
         return lambda params: AdamW(params, lr=0.01, **settings).step
 
     def scaled(params: list[nn.Parameter]) -> Callable[[], Any]:
-        opt = AdamW(params, lr=0.01)
+        opt = AdamW(params, lr=0.01, fused=True)
         opt.found_inf = torch.zeros((), device="cuda")
         opt.grad_scale = torch.full((), 2.0, device="cuda")
         return opt.step
