@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -200,7 +201,8 @@ def meaning(snapshot: Snapshot) -> Mapping[str, Any]:
 # Settings that are no state, and what is not a setting of a step.
 _RESTORED = {"learning_rate", "lr", "name", "extensions", *STRUCTURE}
 # What configs leave out where it is not set.
-_LEFT_OUT = {"exclude_from_weight_decay", "clipnorm", "clipvalue", "global_clipnorm"}
+_EXCLUSION = "exclude_from_weight_decay"
+_LEFT_OUT = {_EXCLUSION, "clipnorm", "clipvalue", "global_clipnorm"}
 
 
 def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
@@ -213,6 +215,8 @@ def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
         f"`{name}` is {theirs.get(name)!r} in the file, {ours.get(name)!r} in the optimizer"
         for name in dict.fromkeys((*ours, *theirs))
         if name in told - _RESTORED and theirs.get(name) != ours.get(name)
+        # One may name them, and the other say what their names are like.
+        if name != _EXCLUSION or _excluded(given, theirs) != _excluded(given, ours)
     ]
     rates = theirs.get("learning_rate"), ours.get("learning_rate")
     is_restored = all(isinstance(rate, (int, float)) for rate in rates)
@@ -223,6 +227,17 @@ def warn_of_settings(given: Snapshot, own: Snapshot, stacklevel: int) -> None:
             f"The state was loaded, and settings stay as they are: {'; '.join(rows)}.",
             stacklevel=stacklevel,
         )
+
+
+def _excluded(given: Snapshot, settings: Mapping[str, Any]) -> set[str]:
+    """Which variables of a file are excluded from weight decay by settings."""
+    said = settings.get(_EXCLUSION) or {}
+    names = [variable.name for variable in given.variables]
+    try:
+        patterns, exact = said.get("var_names", ()), said.get("variables", ())
+        return {n for n in names if n in exact or any(re.search(p, n) for p in patterns)}
+    except (AttributeError, TypeError, re.error):  # of a file that somebody else has made
+        return set()
 
 
 def _named(*variables: Variable | None) -> str:
