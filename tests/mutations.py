@@ -95,8 +95,8 @@ FAULTS = [
     Fault("backends/cuda.py", "            self._kept.append(spare)\n", "", CAPTURED),
     Fault(
         "backends/cuda.py",
-        "                self.spare = None\n",
-        "                pass\n",
+        "pair, self.spare = self.spare, None",
+        "pair = self.spare",
         CAPTURED,
     ),
     Fault(
@@ -441,6 +441,64 @@ FAULTS = [
         "test_optimizer_v2.py -k 'bits_of_the_original and float64'",
     ),
     # --- files of PyTorch and optax
+    # --- files of state
+    Fault(
+        "saving/file.py",
+        "if _state_hash(tensors, found, beside) != state_hash or",
+        "if",
+        "test_saved_files.py -k altered",
+    ),
+    Fault(
+        "saving/file.py",
+        "if header_digest != opened.header_digest:",
+        "if False:",
+        "test_saved_files.py -k altered",
+    ),
+    Fault(
+        "saving/file.py",
+        "if self._now() != self._then:",
+        "if False:",
+        "test_saving.py -k written_to",
+    ),
+    Fault(
+        "saving/atomic.py",
+        "                partial.unlink(missing_ok=True)\n",
+        "                pass\n",
+        "test_saved_files.py -k 'full_disk or interrupt'",
+    ),
+    Fault(
+        "saving/atomic.py",
+        'partial = path.with_name(f".{path.name}.partial")',
+        "partial = path",
+        "test_saved_files.py -k killed",
+    ),
+    Fault(
+        "saving/matching.py",
+        'at = f"extension.{counts[number]}"',
+        'at = f"extension.{number}"',
+        "test_saving.py -k extensions_are_told",
+    ),
+    Fault(
+        "saving/matching.py",
+        "yield found.pop(variable.name, None), variable",
+        "yield found.pop(next(iter(found), variable.name), None), variable",
+        "test_saving.py -k another_order",
+    ),
+    Fault(
+        "saving/matching.py", "    if wrong:\n", "    if not wrong:\n", "test_saving.py -k decide"
+    ),
+    Fault(
+        "saving/engine.py",
+        "check_in_hand(is_given_away or not backend.keeps_state)",
+        "check_in_hand(not backend.keeps_state)",
+        "test_saving.py -k users_hands",
+    ),
+    Fault(
+        "saving/engine.py",
+        "now = {n: getattr(engine, n) for n in matching.STRUCTURE if hasattr(engine, n)}",
+        "now = {}",
+        "test_saving.py -k between_load_and_build",
+    ),
     Fault(
         "saving/torch.py",
         "            snapshot = _named_alike(snapshot, names)\n",
@@ -541,8 +599,8 @@ FAULTS = [
     Fault("state.py", "saved.setdefault(name, np.array(value))", "pass", "test_state.py"),
     Fault(
         "state.py",
-        "if len(given) != len(restored.variables) or given[i] != expected:",
-        "if len(given) != len(restored.variables):",
+        "if len(given) == len(restored.variables) and given[i] == (name, shape, dtype):",
+        "if len(given) == len(restored.variables):",
         "test_state.py test_bad_input.py",
     ),
     Fault("engine.py", "or entry.name in self._excluded_exact", "", "test_state.py"),
