@@ -101,8 +101,8 @@ FAULTS = [
     ),
     Fault(
         "backends/cuda.py",
-        "torch._foreach_add_(steps, (skip == 0)",
-        "torch._foreach_add_(steps, (skip == skip)",
+        "made = (skip == 0)",
+        "made = (skip == skip)",
         "test_cuda.py -k skips",
     ),
     Fault(
@@ -182,7 +182,7 @@ FAULTS = [
     ),
     Fault(
         "step.py",
-        "functions.where(updates < 1, 0.0, settings.momentum)",
+        "functions.where(steps < 1, 0.0, settings.momentum)",
         "settings.momentum",
         NUMPY,
     ),
