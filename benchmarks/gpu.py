@@ -214,33 +214,111 @@ def large() -> str:
     return said(wrong)
 
 
-def replayed() -> str:
+def capturable() -> tuple[list[nn.Parameter], Any]:
     from omniadam.torch import AdamW
 
-    def made() -> tuple[list[nn.Parameter], Any]:
-        params = parameters(ODD, "cuda")
-        rate = torch.tensor(0.01, device="cuda", dtype=torch.float64)
-        opt = AdamW(params, lr=rate, capturable=True, global_clipnorm=1.0, use_ema=True)
-        set_gradients(params, 0)
-        return params, opt
+    params = parameters(ODD, "cuda")
+    rate = torch.tensor(0.01, device="cuda", dtype=torch.float64)
+    opt = AdamW(params, lr=rate, capturable=True, global_clipnorm=1.0, use_ema=True)
+    set_gradients(params, 0)
+    return params, opt
 
-    _, eager = made()
-    for _ in range(103):
-        eager.step()
-    _, opt = made()
+
+def captured(opt: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    return graph
+
+
+def warmed_up(opt: Any) -> None:
+    """Three steps on a stream of their own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             opt.step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
+
+
+def replayed() -> str:
+    _, eager = capturable()
+    for _ in range(103):
+        eager.step()
+    _, opt = capturable()
+    warmed_up(opt)
+    graph = captured(opt)
     for _ in range(100):
         graph.replay()
     torch.cuda.synchronize()
     return said(differences(states(opt), states(eager)))
+
+
+def two_graphs() -> str:
+    """Two over the same gradients, steps between them, other values, another rate."""
+    (params, opt), (others, eager) = capturable(), capturable()
+    warmed_up(opt)
+    first = captured(opt)
+    second = captured(opt)
+    for _ in range(3):
+        eager.step()
+    for step, make in enumerate((first.replay, opt.step, second.replay, opt.step, first.replay)):
+        for each in (params, others):
+            set_gradients(each, step + 1)
+        for each in (opt, eager):
+            each.param_groups[0]["lr"].fill_(0.01 / (step + 1))
+        make()
+        eager.step()
+    torch.cuda.synchronize()
+    return said(differences(states(opt), states(eager)))
+
+
+def two_devices() -> str:
+    from omniadam.torch import AdamW
+
+    if torch.cuda.device_count() < 2:
+        return "not begun: there is one device"
+
+    def run(devices: tuple[str, str]) -> list[torch.Tensor]:
+        halves = [parameters(ODD, device, seed=i) for i, device in enumerate(devices)]
+        opt = AdamW([p for half in halves for p in half], lr=0.01, use_ema=True)
+        for step in range(5):
+            for half in halves:
+                set_gradients(half, step)
+            opt.step()
+        return states(opt)
+
+    return said(differences(run(("cuda:0", "cuda:1")), run(("cuda:0", "cuda:0"))))
+
+
+def tried() -> str:
+    from omniadam.backends import gpu
+
+    problem = gpu.gpu_of(torch.empty(1, device="cuda")).problem
+    return f"WRONG: {problem}" if problem else "its bits are those of NumPy"
+
+
+def launches() -> str:
+    """Of a step over 10,000 tensors, plain, with a norm, and counted on the device."""
+    from omniadam.backends import gpu
+    from omniadam.torch import AdamW
+
+    found = []
+    for settings in ({}, {"global_clipnorm": 1.0}, {"capturable": True}):
+        params = parameters([(7,)] * 10_000, "cuda")
+        for p in params:
+            p.grad = p.detach()
+        opt = AdamW(params, lr=0.01, **settings)
+        opt.step()
+        device = gpu.gpu_of(params[0])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            opt.step()
+            torch.cuda.synchronize()
+        ours = sum(1 for e in profile.events() if e.name in ("sweep", "factor", "tell", "count"))
+        every = sum(1 for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        found.append(f"{ours} of {every}")
+        assert device.problem == ""
+    return f"plain {found[0]}, a norm {found[1]}, capturable {found[2]}"
 
 
 def without_waiting() -> str:
@@ -348,6 +426,7 @@ def sanitized() -> str:
 
 def check(table: Table) -> None:
     """Everything that must be right."""
+    table.row("the step that is tried once on each device", 10, tried)
     for dtype in DTYPES:
         for name, settings in SETTINGS.items():
             title = f"CPU and GPU, {str(dtype).removeprefix('torch.')}, {name}"
@@ -356,6 +435,9 @@ def check(table: Table) -> None:
     table.row("views of one buffer, at every alignment", 5, views)
     table.row("channels last", 5, channels_last)
     table.row("100 replays of a graph and 100 steps", 10, replayed)
+    table.row("two graphs, and steps between replays", 10, two_graphs)
+    table.row("two devices", 10, two_devices)
+    table.row("launches, of all that run", 15, launches)
     table.row("host waits for the device", 20, without_waiting)
     table.row("GradScaler", 5, scaler)
     table.row("fully_shard", 20, sharded)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
 import omniadam.torch as drop_in
 from cases import PART, SMALL_SHAPES, Case, gradients, variables
 from omniadam import Adam, schedules
 from omniadam.backends import cuda
-from omniadam.backends.cuda import Gpu, TorchCuda
+from omniadam.backends import gpu as gpu_module
+from omniadam.backends.cuda import TorchCuda
+from omniadam.backends.gpu import Gpu, Table, makes_a_step
 from omniadam.backends.torch import Torch, TorchDevice, TorchMemory
 from omniadam.kernels import triton as kernels
 
@@ -43,14 +47,15 @@ class Event:
 
 
 class StandIn(Gpu):
-    """A GPU in the host's memory."""
+    """A GPU in the host's memory. A graph is what is not done before it is replayed."""
 
     def __init__(self) -> None:
         self.launched: list[str] = []
         self.uploads = 0
         self.pins = 0
         self.capturing = False
-        self.graph: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.graph: list[Callable[[], Any]] = []
+        self.at: Any = "a stream"
         super().__init__(CPU)
 
     def _tried(self) -> str:
@@ -59,10 +64,16 @@ class StandIn(Gpu):
     def is_capturing(self) -> bool:
         return self.capturing
 
-    def uploaded(self, values: Any, spare: Any = None) -> Tensor:
+    def stream(self) -> Any:
+        return self.at
+
+    def uploaded(self, values: Any, spare: Any = None) -> Table:
         found = super().uploaded(values, spare)
         self.uploads += 1
         return found
+
+    def copy(self, table: Tensor, pinned: Tensor) -> None:
+        self._done(lambda: table.copy_(pinned))
 
     def pinned(self, size: int) -> Tensor:
         assert not self.capturing, "memory of the host cannot be allocated in a capture"
@@ -72,19 +83,37 @@ class StandIn(Gpu):
     def event(self) -> Event:
         return Event()
 
-    def release(self, table: Tensor) -> None:
-        pass
-
     def _target(self) -> Any:
         return None
+
+    def _load(self, kernel: Any) -> None:
+        pass
 
     def launch(self, kernel: Any, programs: int, *arguments: Any) -> None:
         if programs:
             function, fixed = kernel
             *rest, last = arguments
-            last = tuple(map(double, last)) if isinstance(last, tuple) else double(last)
+            if isinstance(last, tuple):
+                last = tuple(map(double, last))
+            elif isinstance(last, float):
+                last = double(last)
             self.launched.append(function.fn.__name__)
-            function[(programs,)](*rest, last, *fixed)
+            self._done(lambda: function[(programs,)](*rest, last, *fixed))
+
+    def _done(self, work: Callable[[], Any]) -> None:
+        if self.capturing:
+            self.graph.append(work)
+        else:
+            work()
+
+    @contextmanager
+    def captured(self) -> Iterator[list[Callable[[], Any]]]:
+        """What is launched and copied meanwhile, to be called again and again."""
+        self.capturing, self.graph = True, []
+        try:
+            yield self.graph
+        finally:
+            self.capturing = False
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +121,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """What all tensors are on."""
     monkeypatch.setenv("OMNIADAM_KERNEL", "")
     found = StandIn()
-    monkeypatch.setattr(cuda, "gpu_of", lambda device: found)
+    set_devices(monkeypatch, lambda tensor: found)
+    monkeypatch.setattr(libdevice, "expm1", lambda x: double(np.expm1(x.handle.data.item())))
     monkeypatch.setattr(cuda, "can_step", lambda variables: True)
     monkeypatch.setattr(cuda, "is_there", lambda value: getattr(value, "is_there", False))
     monkeypatch.setattr(cuda, "is_on_gpu", lambda tensor: True)
@@ -100,6 +130,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(Torch, "kind_for", classmethod(lambda cls, variables: TorchCuda))
     monkeypatch.setattr(kernels, "_compiled", lambda function, constants, numbers, target: function)
     yield found
+
+
+def set_devices(monkeypatch: pytest.MonkeyPatch, gpu_of: Callable[[Tensor], Gpu]) -> None:
+    monkeypatch.setattr(cuda, "gpu_of", gpu_of)
+    monkeypatch.setattr(gpu_module, "gpu_of", gpu_of)
 
 
 def there(value: float, dtype: torch.dtype = torch.float32) -> Any:
@@ -322,7 +357,7 @@ def test_pinned_memory_is_used_again_once_it_was_copied(
     monkeypatch.setattr(Event, "is_over", False)
     found = [gpu.uploaded(table + i) for i in range(3)]
     assert gpu.pins == 4, "what may still be copied is not overwritten, nor waited for"
-    assert [each.tolist() for each in found] == [(table + i).tolist() for i in range(3)]
+    assert [each.tensor.tolist() for each in found] == [(table + i).tolist() for i in range(3)]
 
 
 def test_versions_of_what_is_written(gpu: StandIn) -> None:
@@ -466,36 +501,80 @@ def refused(self: Any, *arguments: Any) -> Any:
 # --- graphs ---
 
 
+GRAPHS: dict[str, dict[str, Any]] = {
+    "plain": {"capturable": True},
+    "full": {"capturable": True, "global_clipnorm": 1.0, "use_ema": True, "weight_decay": 0.1},
+    "each": {"capturable": True, "clipnorm": 0.3, "maximize": True},
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_replay_is_a_step(name: str, gpu: StandIn) -> None:
+    params, others = model(), model()
+    rates = there(0.01), there(0.01)
+    opt = drop_in.AdamW(params, lr=rates[0], **GRAPHS[name])
+    eager = drop_in.AdamW(others, lr=rates[1], **GRAPHS[name])
+
+    def set_all(step: int) -> None:
+        for p, q in zip(params, others, strict=True):
+            g = torch.sin(torch.arange(p.numel()) + step).reshape(p.shape)
+            p.grad = g if p.grad is None else p.grad.copy_(g)
+            q.grad = g.clone()
+
+    set_all(0)
+    opt.step()
+    before = bits(states(opt, params))
+    with gpu.captured() as graph:
+        opt.step()
+    assert bits(states(opt, params)) == before
+    eager.step()
+    for step in range(1, 4):
+        set_all(step)
+        for rate in rates:
+            rate.fill_(0.01 * step)
+        for work in graph:
+            work()
+        eager.step()
+        if step == 2:  # beside the graph
+            set_all(9)
+            opt.step()
+            eager.step()
+    assert bits(states(opt, params)) == bits(states(eager, others))
+    assert [opt.state[p]["step"].item() for p in params] == [5.0] * len(params)
+
+
 def test_a_capture_takes_what_was_provided_and_keeps_it(gpu: StandIn) -> None:
     params = [*model(), *model(1, torch.bfloat16)]
     opt = drop_in.Adam(params, lr=0.01, capturable=True)
+    held = []
 
-    def set_all(step: int) -> list[Any]:
+    def set_all(step: int) -> None:
         set_gradients(params[: len(SHAPES)], step)
         set_gradients(params[len(SHAPES) :], step)
-        return [p.grad for p in params]
+        held.append([p.grad for p in params])
 
-    held = [set_all(0)]
+    set_all(0)
     opt.step()
-    held.append(set_all(1))  # elsewhere, as in the memory of a graph
-    gpu.capturing = True
+    set_all(1)  # elsewhere, as in the memory of a graph
     pins, pinned = gpu.pins, len(gpu._pinned)
-    opt.step()
-    assert gpu.pins == pins and len(gpu._pinned) == pinned and len(gpu._kept) == 2
-    tables = [table[0].tolist() for table in gpu._kept]
-    assert tables[0] + tables[1] == [p.grad.data_ptr() for p in params]
-    before = bits(states(opt, params))
-    held.append(set_all(2))
-    with pytest.raises(RuntimeError, match="make at least one step"):
+    with gpu.captured() as first:
         opt.step()
+    assert gpu.pins == pins and len(gpu._pinned) == pinned
+    set_all(2)
+    before = bits(states(opt, params))
+    with gpu.captured(), pytest.raises(RuntimeError, match="make at least one step"):
+        opt.step()  # at third addresses, for which no step has left spare memory
     assert bits(states(opt, params)) == before
-    gpu.capturing = False
     opt.step()
-    assert [table[0].tolist() for table in gpu._kept] == tables, "a replay reads them again"
-    gpu.capturing = True
-    held.append(set_all(3))
-    opt.step()
-    assert len(gpu._kept) == 4
+    set_all(3)
+    with gpu.captured() as second:
+        opt.step()
+    counts = [6.0, 7.0]
+    for graph, count in zip((first, second), (3.0, 4.0), strict=True):
+        for work in graph:
+            work()
+        assert opt.state[params[0]]["step"] == count
+    del counts
 
 
 def test_a_capture_needs_a_step_before_it_and_a_count_on_the_device(gpu: StandIn) -> None:
@@ -558,39 +637,186 @@ def test_without_kernels_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_device_that_nothing_can_be_launched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    modes = [2]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(Gpu, "is_capturing", lambda self: False)
 
-    def fails(self: Any) -> None:
+    def fails(gpu: Any) -> bool:
+        assert modes[-1] == "default", "the step that is tried may be waited for"
         raise OSError("no compiler\nhere")
 
-    monkeypatch.setattr(Gpu, "_try", fails)
-    monkeypatch.setattr(Gpu, "is_capturing", lambda self: False)
-    found = Gpu(torch.device("cuda", 3)).problem
-    assert found == "Triton fails on cuda:3 (OSError: no compiler here)"
+    for tried, problem in (
+        (fails, "Triton fails on cuda:3 (OSError: no compiler here)"),
+        (lambda gpu: False, "a step on cuda:3 comes out wrong"),
+        (lambda gpu: True, ""),
+    ):
+        monkeypatch.setattr(gpu_module, "makes_a_step", tried)
+        assert Gpu(torch.device("cuda", 3)).problem == problem
+        assert modes[-1] == 2
     assert issubclass(TorchCuda, TorchDevice)
 
 
 def test_what_a_capture_uploads_is_no_table_of_other_steps(gpu: StandIn) -> None:
     """It is filled when the graph is replayed; and the graph's tables live as long as it does."""
+    params, others = model(), model()
+    opt = drop_in.Adam(params, lr=0.01, capturable=True, clipvalue=1.0)
+    twin = drop_in.Adam(others, lr=0.01, capturable=True, clipvalue=1.0)
+    held = []
+    for step in range(2):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        held.append([p.grad for p in params])
+        if step == 0:
+            opt.step()
+            twin.step()
+    graphs = []
+    for _ in range(2):  # the second over the same addresses, from the same memory of the host
+        with gpu.captured() as graph:
+            opt.step()
+        graphs.append(graph)
+    opt.step()  # nothing was replayed, and the table of these addresses is not filled
+    twin.step()
+    assert bits(states(opt, params)) == bits(states(twin, others))
+    for graph in graphs:
+        for work in graph:
+            work()
+        twin.step()
+    assert bits(states(opt, params)) == bits(states(twin, others))
+
+
+def test_a_table_lives_as_long_as_any_stream_needs_it(
+    monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    recorded: list[tuple[int, Any]] = []
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda t, s: recorded.append((t.data_ptr(), s)), raising=False
+    )
     params = model()
-    opt = drop_in.Adam(params, lr=0.01, capturable=True, global_clipnorm=1.0)
-    held = [params]
+    opt = drop_in.Adam(params, lr=0.01, global_clipnorm=1.0, capturable=True)
     set_gradients(params, 0)
     opt.step()
-    held.append([p.grad for p in params])
-    set_gradients(params, 1)
-    gpu.capturing = True
     opt.step()
-    kept = len(gpu._kept)
-    opt.step()  # the same addresses, in another graph: from the same memory of the host
-    assert len(gpu._kept) == kept and len(gpu._captured) >= 4
-    gpu.capturing = False
-    backend = opt._buckets[0].backend
-    launches = [
-        launch for plan in opt._buckets[0]._selection.prepared.plans.values() for launch in plan[0]
+    assert not recorded
+    gpu.at = "another stream"
+    opt.step()
+    # Chunks, rows and addresses of a norm and of a step, partial sums, two of what adds them, the
+    # clock, and the counts.
+    assert len({at for at, _ in recorded}) == 11 and len(recorded) == 11
+    opt.step()
+    assert len(recorded) == 11
+
+
+def test_two_devices_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[dict[str, Any]] = [
+        {"use_ema": True},
+        {"global_clipnorm": 1.0},
+        {"capturable": True, "clipnorm": 0.5},
     ]
-    assert backend is not None and all(len(launch.grads) == 1 for launch in launches)
+    for given in settings:
+        params, others = model(), model()
+        devices = StandIn(), StandIn()
+        places = {p.data_ptr(): devices[i % 2] for i, p in enumerate(params)}
+        with monkeypatch.context() as patch:
+            set_devices(patch, lambda t, places=places: places[t.data_ptr()])
+            opt = drop_in.Adam(params, lr=0.01, **given)
+            for step in range(2):
+                set_gradients(params, step)
+                opt.step()
+        twin = drop_in.Adam(others, lr=0.01, **given)
+        for step in range(2):
+            set_gradients(others, step)
+            twin.step()
+        for one, other in zip(states(opt, params), states(twin, others), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+        for each in devices:
+            assert each.launched.count("sweep") == (2 if "use_ema" in given else 4)
+
+
+def test_a_count_that_somebody_changed(gpu: StandIn) -> None:
+    params, others = model(), model()
+    opt = drop_in.Adam(params, lr=0.01, capturable=True)
+    twin = drop_in.Adam(others, lr=0.01)
+    for step in range(3):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        if step == 2:
+            opt.state[params[2]]["step"].fill_(7.0)
+            twin.state[others[2]]["step"].fill_(7.0)
+        opt.step()
+        twin.step()
+    assert opt.state[params[2]]["step"] == 8 and opt.state[params[1]]["step"] == 3
+    for one, other in zip(states(opt, params), states(twin, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_settings_that_a_graph_cannot_read(gpu: StandIn) -> None:
+    params = model()
+    opt = drop_in.Adam(params, lr=0.01, capturable=True, weight_decay=torch.tensor(0.5))
+    set_gradients(params, 0)
     opt.step()
-    assert all(len(launch.grads) == 2 for launch in launches if launch.kind.updates)
+    with gpu.captured(), pytest.raises(RuntimeError, match="reads `lr` alone on the device"):
+        opt.step()
+
+
+def test_steps_without_fast_paths_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    monkeypatch.setenv("OMNIADAM_FAST", "0")
+    params = model()
+    opt = drop_in.Adam(params, lr=0.01, capturable=True)
+    set_gradients(params, 0)
+    opt.step()
+    with gpu.captured() as graph:
+        opt.step()
+    for work in graph:
+        work()
+    assert opt.state[params[0]]["step"] == 2
+
+
+def test_a_group_that_is_empty_or_has_no_values_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "can_step", lambda variables: bool(variables))
+    params = model()
+    drop_in.Adam([{"params": params}, {"params": []}], lr=0.01, capturable=True)
+    drop_in.Adam([torch.ones(3, device="meta")], lr=0.01, capturable=True)
+
+
+# --- whether a device can be trusted ---
+
+
+def test_a_device_is_tried(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    assert makes_a_step(gpu)
+    assert gpu.launched == ["sweep"]
+    launch = gpu.launch
+
+    def wrong(kernel: Any, programs: int, *arguments: Any) -> None:
+        launch(kernel, programs - 1, *arguments)
+
+    monkeypatch.setattr(gpu, "launch", wrong)
+    assert not makes_a_step(gpu)
+
+
+def test_what_triton_fails_to_compile(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    from omniadam import slow
+
+    def fails(*arguments: Any) -> Any:
+        raise OSError("no space\nis left")
+
+    monkeypatch.setattr(slow, "reasons", [])
+    monkeypatch.setattr(cuda, "_refused", set())
+    monkeypatch.setattr(kernels, "_compiled", fails)
+    params, others = model(), model()
+    opt = drop_in.Adam(params, lr=0.01, global_clipnorm=1.0)
+    set_gradients(params, 0)
+    with pytest.warns(RuntimeWarning, match="no space is left"):
+        opt.step()
+    monkeypatch.setattr(Torch, "kind_for", classmethod(lambda cls, v: TorchDevice))
+    plain = drop_in.Adam(others, lr=0.01, global_clipnorm=1.0)
+    set_gradients(others, 0)
+    plain.step()
+    for one, other in zip(states(opt, params), states(plain, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+    assert not gpu.launched
 
 
 def test_omniadam_adam_is_not_captured(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:

@@ -81,8 +81,8 @@ FAULTS = [
     Fault("kernels/triton.py", "        if whole < n:", "        if n < 0:", INTERPRETED),
     Fault(
         "kernels/triton.py",
-        "tl.float64)) + F.places[0]) != 0:",
-        "tl.float64)) + F.places[0]) > 1e9:",
+        "if tl.load(told) != 0:",
+        "if tl.load(told) > 1e9:",
         "test_triton.py -k skips",
     ),
     Fault(
@@ -91,19 +91,33 @@ FAULTS = [
         "while s < _word(firsts, p):",
         "test_triton.py -k sums",
     ),
-    Fault("backends/cuda.py", "and event.query()", "", "test_cuda.py -k pinned"),
-    Fault("backends/cuda.py", "            self._kept.append(spare)\n", "", CAPTURED),
     Fault(
-        "backends/cuda.py",
-        "pair, self.spare = self.spare, None",
-        "pair = self.spare",
+        "kernels/triton.py", "tl.float64))) == 0:", "tl.float64))) < 9:", "test_cuda.py -k skips"
+    ),
+    Fault("kernels/triton.py", "    if scale != 0:", "    if scale < 0:", "test_cuda.py -k scaler"),
+    Fault("backends/gpu.py", "and event.query()", "", "test_cuda.py -k pinned"),
+    Fault(
+        "backends/gpu.py", "spare, self.spare = self.spare, None", "spare = self.spare", CAPTURED
+    ),
+    Fault(
+        "backends/gpu.py",
+        "        if found is None and self.gpu.is_capturing():\n",
+        "        if found is None and key in self.captured:\n",
         CAPTURED,
     ),
     Fault(
-        "backends/cuda.py",
-        "made = (skip == 0)",
-        "made = (skip == skip)",
-        "test_cuda.py -k skips",
+        "backends/gpu.py", "if stream not in self._streams:", "if False:", "test_cuda.py -k stream"
+    ),
+    Fault("backends/gpu.py", "return self._seen() ==", "return [] !=", "test_cuda.py -k changed"),
+    Fault("backends/gpu.py", "a.tobytes() == b.tobytes()", "a.size", "test_cuda.py -k is_tried"),
+    Fault(
+        "backends/gpu.py", "                self._load(kernel)\n", "", "test_triton.py -k handed"
+    ),
+    Fault(
+        "torch.py", "left if is_double else 1.0 - single(left)", "left", "test_triton.py -k tells"
+    ),
+    Fault(
+        "torch.py", "key = *key, gpu.gpu_of(entry.variable)", "pass", "test_cuda.py -k two_devices"
     ),
     Fault(
         "rule.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, on Lin
 import triton
 from triton.backends.compiler import GPUTarget
 
-from inner import interpreted
+from inner import interpreted, outcomes
 from omniadam.kernels import cpu
 from omniadam.kernels import triton as kernels
 from omniadam.rule import Pass, Rule
@@ -47,6 +48,18 @@ def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
     check(request)
 
 
+# --- how they are launched ---
+
+
+def test_what_the_driver_is_handed() -> None:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("Triton's launcher needs a compiler of C")
+    script = "triton_launched.py"
+    names = re.findall(r"^def (test_\w+)", (HERE / script).read_text(), re.M)
+    assert outcomes(script, names, {"CC": compiler}) == dict.fromkeys(names)
+
+
 # --- what machine code they become ---
 
 
@@ -57,9 +70,9 @@ def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def machine_code(name: str, dtype: str, generation: int, on_device: tuple[int, ...] = ()) -> Any:
+def machine_code(name: str, dtype: str, generation: int, clocked: bool = False) -> Any:
     target = GPUTarget("cuda", generation, 32)
-    return kernels.sweep_kernel(*PASSES[name], dtype, on_device, False, target)[0]
+    return kernels.sweep_kernel(*PASSES[name], dtype, clocked, False, target)[0]
 
 
 def moved(kind: Pass, rule: Rule, dtype: str) -> tuple[int, int]:
@@ -133,11 +146,27 @@ def test_machine_code(name: str, dtype: str, generation: int, tmp_path: Path) ->
 
 
 def test_a_clock_costs_no_vector_and_one_way_out() -> None:
-    ptx = machine_code("full", "float32", 90, (0, 1, 4, 9)).asm["ptx"]
+    ptx = machine_code("full", "float32", 90, clocked=True).asm["ptx"]
     assert vectors(ptx) == vectors(machine_code("full", "float32", 90).asm["ptx"])
     # Before anything else is read.
     first = re.search(r"ld\.global[^;]*;(.*?)ld\.global", ptx, re.S)
     assert first is not None and "bra" in first.group(1)
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_machine_code_of_a_clock(generation: int) -> None:
+    """What is not of CUDA's own `expm1` is rounded as it is on the host."""
+    from omniadam.torch import make_numbers
+
+    target = GPUTarget("cuda", generation, 32)
+    kind = PASSES["full"][0]
+    settings = (kind, False, False), "float32", 12, 9
+    ptx = kernels.tell_kernel(make_numbers, *settings, target)[0].asm["ptx"]
+    assert not re.findall(r"approx|ftz|\.local", ptx)
+    assert ptx.count("div.rn.f64") == 1 and ptx.count("sqrt.rn.f64") == 1
+    assert ptx.count("cvt.rn.f32.f64") == 1, "what decay leaves is rounded as torch rounds it"
+    ptx = kernels.count_kernel(target)[0].asm["ptx"]
+    assert "add.f32" in ptx or "add.rn.f32" in ptx
 
 
 @pytest.mark.parametrize("generation", [80, 90])

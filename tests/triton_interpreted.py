@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
 from omniadam.adam import ADAM, AMSGRAD, by_memory
@@ -32,12 +33,23 @@ from omniadam.rule import (
     clip_factor_global,
     clip_factor_joint,
 )
+from omniadam.torch import make_numbers
 from triton_passes import EVERYTHING, NORM, PASSES, STEP
 
 FLOATS = tuple(cpu.STORAGE)
 # Chunks have 1024 elements: none, a few, one less, all, one more.
 SIZES = (0, 1, 3, 1023, 1024, 1025)
 ALIGNMENT = 16
+
+
+@pytest.fixture(autouse=True)
+def interpreted_expm1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter calls no function of CUDA's library."""
+
+    def expm1(x: Any) -> Any:
+        return double(np.expm1(x.handle.data.item()))
+
+    monkeypatch.setattr(libdevice, "expm1", expm1)
 
 
 def double(x: float) -> Any:
@@ -118,7 +130,6 @@ def launch(
     numbers: Sequence[float],
     factors: Sequence[float],
     clock: npt.NDArray[Any] | None = None,
-    on_device: Sequence[int] = (),
     joint: bool = False,
 ) -> npt.NDArray[Any]:
     """What a GPU does in one launch; the partial sums."""
@@ -130,7 +141,7 @@ def launch(
     )
     grads = np.array([g.ctypes.data for g in memory.gradients], np.int64)
     scales, partials = np.array(factors), np.zeros(len(chunks))
-    form = kernels.form_of(kind, rule, dtype, dtype, on_device, joint=joint)
+    form = kernels.form_of(kind, rule, dtype, dtype, clocked=clock is not None, joint=joint)
     kernels.sweep[(len(chunks),)](
         *(x.ctypes.data for x in (chunks, rows, grads, scales, partials)),
         0 if clock is None else clock.ctypes.data,
@@ -300,11 +311,11 @@ def test_a_flag_on_the_device_skips_a_pass() -> None:
     memory = memory_for(EVERYTHING, AMSGRAD, "float32", (5, 1030))
     before, numbers = memory.bits(), numbers_for(AMSGRAD)
     for flag in (1.0, math.nan):
-        clock = np.array([flag])
-        launch(EVERYTHING, AMSGRAD, "float32", memory, numbers, [1.0, 1.0], clock, (0,))
+        clock = np.array([flag, *numbers])
+        launch(EVERYTHING, AMSGRAD, "float32", memory, numbers, [1.0, 1.0], clock)
     assert memory.bits() == before
     clock[0] = 0.0
-    launch(EVERYTHING, AMSGRAD, "float32", memory, numbers, [1.0, 1.0], clock, (0,))
+    launch(EVERYTHING, AMSGRAD, "float32", memory, numbers, [1.0, 1.0], clock)
     assert memory.bits() != before
 
 
@@ -314,12 +325,54 @@ def test_numbers_on_the_device_give_the_bits_of_those_of_the_host(dtype: str) ->
     theirs, numbers = memory.copy(), numbers_for(AMSGRAD)
     factors = [0.7, 1.9]
     launch(EVERYTHING, AMSGRAD, dtype, theirs, numbers, factors)
-    for on_device in ((0, 1, 4, 9), (9, 12), tuple(range(13))):
-        ours = memory.copy()
-        clock = np.array([[0.0, *numbers][k] for k in on_device])
-        host = [math.nan if k + 1 in on_device else x for k, x in enumerate(numbers)]
-        launch(EVERYTHING, AMSGRAD, dtype, ours, host, factors, clock, on_device)
-        assert ours.bits() == theirs.bits(), on_device
+    clock, nothing = np.array([0.0, *numbers]), [math.nan] * len(numbers)
+    launch(EVERYTHING, AMSGRAD, dtype, memory, nothing, factors, clock)
+    assert memory.bits() == theirs.bits()
+
+
+class Numbers32(Numbers):
+    single = staticmethod(lambda x: float(np.float32(x)))
+
+
+@pytest.mark.parametrize("rate", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "settings", [(True, True, False), (True, False, True), (False, False, True)]
+)
+def test_a_device_tells_the_numbers_that_the_host_would(
+    settings: tuple[bool, bool, bool], rate: str
+) -> None:
+    decayed, epsilon_hat, is_double = settings
+    kind = EVERYTHING._replace(decayed=decayed, penalised=not decayed, overwritten=False)
+    host = (0.25, 0.01, 0.9, 0.1, math.log(0.9), 0.1, math.log(0.999), 0.001, 1e-8)
+    of_numbers = kind, epsilon_hat, is_double
+    constants = kernels.tell_constants(make_numbers, of_numbers, rate, 12)
+    wanted = make_numbers(Numbers32, *of_numbers)
+    step, skip, scale = np.float32([0.0]), np.float32([0.0]), np.float32([8.0])
+    learning_rate = np.array([0.01], rate)
+    held = step, skip, scale, learning_rate
+    told = np.zeros(13)
+    for t in (0, 1, 1000):
+        step[0], skip[0] = t, t == 1
+        for given in (held, (None, skip, None, None)):
+            numbers = (t, 8.0, learning_rate[0]) if given[0] is None else (math.nan,) * 3
+            kernels.tell[(1,)](
+                told.ctypes.data,
+                *(0 if x is None else x.ctypes.data for x in given),
+                tuple(map(double, (*numbers, *host))),
+                **constants,
+            )
+            assert told[0] == skip[0]
+            assert told[1:].tolist() == list(wanted(float(learning_rate[0]), float(t), 8.0, host))
+
+
+def test_counts_are_counted_up_unless_a_step_is_skipped() -> None:
+    counts = np.arange(1100, dtype=np.float32)
+    steps = counts.ctypes.data + 4 * np.arange(1100)
+    for flag, wanted in ((1.0, 0), (0.0, 1), (math.nan, 1), (0.0, 2)):
+        clock = np.array([flag])
+        kernels.count[(2,)](steps.ctypes.data, 1050, clock.ctypes.data, COUNTED=kernels.COUNTED)
+        assert (counts[:1050] - np.arange(1050) == wanted).all()
+    assert (counts[1050:] == np.arange(1050, 1100)).all()
 
 
 # --- norms ---

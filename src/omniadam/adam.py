@@ -70,9 +70,8 @@ class AdamEngine(Engine):
         self, functions: Any, learning_rate: Any, t: Any, *numbers: Any
     ) -> AdamCoefficients:
         """`rule.adam_coefficients_by` of these numbers."""
-        return adam_coefficients_by(
-            functions, learning_rate, t, *numbers, epsilon_hat=self.epsilon_hat
-        )
+        given = *numbers, self.epsilon_hat
+        return adam_coefficients_by(functions, learning_rate, t, *given)
 
 
 class Adam(AdamEngine, Optimizer):

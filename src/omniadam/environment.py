@@ -17,6 +17,7 @@ _PACKAGES = (
     "llvmlite",
     "autograd",
     "torch",
+    "triton",
     "jax",
     "jaxlib",
     "tensorflow",
@@ -49,6 +50,7 @@ class Info(TypedDict):
     libraries: dict[str, str]  # package -> version, of those that are installed
     devices: dict[str, list[str]]  # library -> its devices, of those that are imported
     kernels: str  # "compiled by Numba", or "NumPy only" and why
+    gpu_kernels: dict[str, str]  # device of PyTorch -> the same; those that this process stepped on
     fast: bool  # False where OMNIADAM_FAST=0 leaves fast paths out
     slow: list[str]  # what was warned of in this process: slow paths that nobody chose
     cache: Cache
@@ -95,6 +97,7 @@ def info() -> Info:
         "libraries": _libraries(),
         "devices": {name: _devices(name, ask) for name, ask in _ASK.items() if name in sys.modules},
         "kernels": f"NumPy only: {why_not}" if why_not else "compiled by Numba",
+        "gpu_kernels": _gpu_kernels(),
         "fast": fast.is_enabled(),
         "slow": list(slow.reasons),
         "cache": _cache(),
@@ -120,6 +123,7 @@ def as_text(found: Info) -> str:
         "threads": f"{found['threads']} in a large step",
         "GPUs": "; ".join(found["gpus"]) or "none that nvidia-smi names",
         "kernels": found["kernels"],
+        **{f"on {k}": said for k, said in found["gpu_kernels"].items()},
         "fast paths": "on" if found["fast"] else "off: OMNIADAM_FAST is 0",
         "cache": f"{cache['folder']} ({size}; {can})",
         "variables": ", ".join(f"{k}={v}" for k, v in found["variables"].items()) or "none set",
@@ -162,6 +166,11 @@ def _processor() -> str:
 def _gpus() -> list[str]:
     fields = "--query-gpu=name,memory.total,driver_version"
     return _said("nvidia-smi", fields, "--format=csv,noheader").splitlines()
+
+
+def _gpu_kernels() -> dict[str, str]:
+    gpu = sys.modules.get(f"{__package__}.backends.gpu")
+    return {} if gpu is None else gpu.kernels_by_device()
 
 
 def _said(program: str, *arguments: str) -> str:

@@ -136,7 +136,6 @@ def adam_coefficients_by(
     log_2: Value,
     weight_2: Value,
     epsilon: Value,
-    *,
     epsilon_hat: bool,
 ) -> AdamCoefficients:
     """`adam_coefficients` by the `memory` of each beta.

@@ -28,7 +28,7 @@ with versions.imported("torch", user="omniadam.torch"):
     from torch.optim.optimizer import ParamsT
 
 from .adam import ADAM, AMSGRAD, by_memory
-from .backends import cuda, sharded
+from .backends import cuda, gpu, sharded
 from .backends.base import Entry, Group, Selection
 from .backends.deferred import Rows
 from .backends.host import Numbers
@@ -44,7 +44,7 @@ from .backends.torch import (
 )
 from .embedding import Embedding, EmbeddingBag, defer
 from .kernels.cpu import Work
-from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients
+from .rule import NOTHING, Pass, PassCoefficients, Rule, adam_coefficients_by, memory
 from .step import NormClip, Passes, StepSettings, known, pass_coefficients, passes_of
 
 __all__ = ["Adam", "AdamW", "Embedding", "EmbeddingBag", "defer"]
@@ -306,14 +306,15 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 found_inf = None
             if is_skipped or (count == 0 and self._is_initialisation()):
                 return
-            factors = self._clip_factors(work, scale)
             skip = found_inf if self._is_clocked else None
-            plan = [
-                bucket.planned(
-                    self.param_groups[bucket.group], factors.get(bucket, ()), scale, skip
-                )
-                for bucket, _ in work
-            ]
+            groups = self.param_groups
+            plan = [bucket.planned(groups[bucket.group], scale, skip) for bucket, _ in work]
+            factors = self._clip_factors(work)
+            if factors:
+                plan = [
+                    each and each._replace(factors=factors.get(bucket, ()))
+                    for (bucket, _), each in zip(work, plan, strict=True)
+                ]
             for (bucket, gradients), planned in zip(work, plan, strict=True):
                 bucket.add_to(whole, gradients, planned)
             launches = [
@@ -347,7 +348,14 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                     "optimizer with `capturable=True`. Received capturable=False."
                 )
             if any(p.grad is not None and not self.state.get(p) for p in group["params"]):
-                raise RuntimeError(cuda.WARM_UP)
+                raise RuntimeError(gpu.WARM_UP)
+            read = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            values = [*group["betas"], group["eps"], group["weight_decay"]]
+            if any(isinstance(each, Tensor) and cuda.is_on_gpu(each) for each in values):
+                raise RuntimeError(
+                    "Of the settings, a graph reads `lr` alone on the device. Pass the others as "
+                    f"numbers. Received: {read}"
+                )
 
     def _undo(self, replaced: list[Replaced], count: int) -> None:
         """Leave all as it was before a step that cannot be made."""
@@ -390,6 +398,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         if not all(
             bucket.is_current(state, groups[bucket.group], is_known) for bucket in self._buckets
         ):
+            if cuda.is_capturing():  # counts are read by the host, which would have to wait
+                raise RuntimeError(gpu.WARM_UP)
             self._buckets = [
                 part
                 for bucket in self._buckets
@@ -444,9 +454,7 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 except RuntimeError:  # its elements share memory, or it is of inference mode
                     p.grad = p.grad / scale
 
-    def _clip_factors(
-        self, work: Sequence[tuple[_Bucket, Any]], scale: Any
-    ) -> dict[_Bucket, Sequence[Any]]:
+    def _clip_factors(self, work: Sequence[tuple[_Bucket, Any]]) -> dict[_Bucket, Sequence[Any]]:
         """What the gradients of each bucket are multiplied by, where a norm clips them."""
         groups = self.param_groups
         is_global = any(group.get("global_clipnorm") is not None for group in groups)
@@ -459,58 +467,56 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 "call its clip_grad_norm_() before the step instead."
             )
         if not self._meshes:
-            found = self._factors_by_kernels([w for w in work if not w[0].is_absent], scale)
+            found = self._factors_by_kernels([w for w in work if not w[0].is_absent])
             if found is not None:
                 return found
-        sums = {b: b.square_sums(gradients, scale) for b, gradients in work if not b.is_absent}
+        sums = {b: b.square_sums(gradients) for b, gradients in work if not b.is_absent}
         if self._meshes:
             places = {i: (s, k) for b, s in sums.items() for k, i in enumerate(b.positions)}
             for mesh in self._meshes:
                 mesh.add_up(places)
-        every = [each for squares in sums.values() for each in squares]
-        devices = [each.device for each in every if isinstance(each, Tensor)]
-        norm = DeviceNumbers.sqrt(
-            sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in every)
-        )
+        norm = math.nan
+        if is_global:
+            totals = [_total(squares) for squares in sums.values()]
+            devices = [each.device for each in totals if isinstance(each, Tensor)]
+            norm = DeviceNumbers.sqrt(
+                sum(e.to(devices[0]) if isinstance(e, Tensor) else e for e in totals)
+            )
         factors: dict[_Bucket, Sequence[Any]] = {}
         for bucket, squares in sums.items():
             group = groups[bucket.group]
             limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
             if limit is not None:
-                factors[bucket] = NormClip().factors(
-                    DeviceNumbers, map(DeviceNumbers.sqrt, squares), limit
-                )
+                factors[bucket] = _each_clipped(squares, limit)
             elif global_limit is not None:
                 (factor,) = NormClip(joint=True).factors(DeviceNumbers, [norm], global_limit)
-                factors[bucket] = [bucket.number(factor)] * len(squares)
+                factors[bucket] = bucket.shared(factor, len(squares))
         return factors
 
     def _factors_by_kernels(
-        self, work: Sequence[tuple[_Bucket, Any]], scale: Any
+        self, work: Sequence[tuple[_Bucket, Any]]
     ) -> dict[_Bucket, Sequence[Any]] | None:
         """The same, where one launch on a GPU makes them of partial sums; None elsewhere."""
         if not work or not all(isinstance(b.backend, cuda.TorchCuda) for b, _ in work):
             return None
-        parts = {b: (b.backend, b.norm(scale), gradients) for b, gradients in work}
+        found = cuda.measured((b.backend, b.norm(), gradients) for b, gradients in work)
+        if found is None:
+            return None
+        every = [launch for each in found for launch in each]
+        joint: dict[float, Tensor] = {}
         factors: dict[_Bucket, Sequence[Any]] = {}
-        wanted: dict[float, list[_Bucket]] = {}
-        for bucket in parts:
-            group = self.param_groups[bucket.group]
+        for (bucket, gradients), launches in zip(work, found, strict=True):
+            group, count = self.param_groups[bucket.group], len(bucket.entries)
             limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
             if limit is not None:
-                found = cuda.clip_factors([parts[bucket]], NormClip(), [limit])
-                if found is None:
-                    return None
-                factors[bucket] = found[0][0]
+                values = cuda.factors_of(launches, gradients.located, NormClip(), limit)
+                factors[bucket] = gpu.Factors(values, count, joint=False)
             elif global_limit is not None:
-                wanted.setdefault(global_limit, []).append(bucket)
-        if wanted:
-            found = cuda.clip_factors(list(parts.values()), NormClip(joint=True), list(wanted))
-            if found is None:
-                return None
-            for each, buckets in zip(found, wanted.values(), strict=True):
-                by_bucket = dict(zip(parts, each, strict=True))
-                factors |= {bucket: by_bucket[bucket] for bucket in buckets}
+                if global_limit not in joint:
+                    first = work[0][1].located
+                    clip = NormClip(joint=True)
+                    joint[global_limit] = cuda.factors_of(every, first, clip, global_limit)
+                factors[bucket] = gpu.Factors(joint[global_limit], count, joint=True)
         return factors
 
     # --- averages ---
@@ -739,7 +745,9 @@ def _check_capturable(group: dict[str, Any]) -> None:
         if isinstance(params, Tensor)
         else [each[1] if isinstance(each, tuple) else each for each in params]
     )
-    if not _are_on_gpus([each for each in every if isinstance(each, Tensor)]):
+    # Of what has no values yet, the first step sees where it is then.
+    tensors = [each for each in every if isinstance(each, Tensor) and not each.is_meta]
+    if tensors and not _are_on_gpus(tensors):
         raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
 
 
@@ -764,23 +772,57 @@ _REFUSED = {
 }
 
 
-_NORMS = {
-    scaled: passes_of(Pass(gradient=True, updates=True, scaled=scaled)).norm
-    for scaled in (False, True)
-}
+def make_numbers(functions: Any, kind: Pass, epsilon_hat: bool, is_double: bool) -> Any:
+    """What makes the coefficients of a step: by numbers of the host, or compiled for a GPU.
+
+    Args:
+        functions: `rule.NumberFunctions`, with `single`, which rounds a number to float32.
+        kind: the pass that makes a step.
+        epsilon_hat: whether epsilon is that of the paper.
+        is_double: whether parameters are float64.
+
+    Returns:
+        A function of the rate, the steps that were made, what divides gradients, and `_host`. It
+        returns the fields of `PassCoefficients` and of `AdamCoefficients`.
+    """
+    decayed = kind.decayed
+    single = functions.single
+
+    def numbers(rate: Any, t: Any, scale: Any, host: Any) -> Any:
+        settings = StepSettings(scale, host[0], host[1], host[2], host[3], 0.0)
+        c = pass_coefficients(functions, kind, settings, rate, t)
+        decay = c[3]
+        if decayed:
+            # As torch rounds what is left: it multiplies by that in the parameter's type, in which
+            # 1 - 1e-5 is 1.36e-8 too small.
+            left = 1.0 - decay
+            decay = 1.0 - left if is_double else 1.0 - single(left)
+        r = adam_coefficients_by(
+            functions, rate, t + 1.0, host[4], host[5], host[6], host[7], host[8], epsilon_hat
+        )
+        # Triton knows no tuple that others are unpacked into.
+        return c[0], c[1], c[2], decay, c[4], c[5], c[6], c[7], r[0], r[1], r[2], r[3]
+
+    return numbers
+
+
+class _HostNumbers(Numbers):
+    @staticmethod
+    def single(x: float) -> float:
+        return float(np.float32(x))
+
+
+_PASS_C = len(PassCoefficients._fields)
 
 
 class GroupSettings(NamedTuple):
     """What stands in a parameter group, as a step uses it."""
 
     rate: float
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    epsilon_hat: bool
-    short_1: bool
-    short_2: bool
-    others: StepSettings
+    # Of `make_numbers`: its settings after the functions, what it makes, what that has from here.
+    of_numbers: tuple[Pass, bool, bool]
+    numbers: Callable[..., Sequence[Any]]
+    host: tuple[float, ...]
     passes: Passes
     rule: Rule
 
@@ -797,11 +839,15 @@ def _is_fixed(group: Mapping[str, Any]) -> bool:
 
 
 def _settings(
-    group: Mapping[str, Any], scaled: bool, clipped: bool, is_there: bool = False
+    group: Mapping[str, Any], scaled: bool, is_double: bool = False, is_there: bool = False
 ) -> GroupSettings:
     """The settings that stand in a group now, whoever put them there.
 
-    The parameters may be where the kernels for GPUs step them, `is_there`.
+    Args:
+        group: one of `param_groups`.
+        scaled: whether gradients are divided.
+        is_double: whether parameters are float64.
+        is_there: whether parameters are where the kernels for GPUs step them.
 
     Raises:
         ValueError, RuntimeError: if a step cannot be made with them.
@@ -825,25 +871,29 @@ def _settings(
         gradient=True,
         updates=True,
         scaled=scaled,
-        clipped_by_factor=clipped,
+        clipped_by_factor=extras["clipnorm"] is not None or extras["global_clipnorm"] is not None,
         clipped_by_value=clipvalue is not None,
         negated=bool(group["maximize"]),
         penalised=decay != 0.0 and not decoupled,
         decayed=decay != 0.0 and decoupled,
         averaged=extras["use_ema"],
     )
-    short = {"short_1": beta_1 < 0.5, "short_2": beta_2 < 0.5}
+    short_1, short_2 = beta_1 < 0.5, beta_2 < 0.5
     momentum = extras["ema_momentum"]
+    passes = passes_of(step)
+    of_numbers = passes.step, bool(extras["epsilon_hat"]), is_double
     return GroupSettings(
         rate=rate,
-        beta_1=beta_1,
-        beta_2=beta_2,
-        epsilon=_number("eps", group["eps"]),
-        epsilon_hat=extras["epsilon_hat"],
-        **short,
-        others=StepSettings(1.0, clipvalue or 0.0, decay, momentum, 1.0 - momentum),
-        passes=passes_of(step),
-        rule=known(by_memory(AMSGRAD if group["amsgrad"] else ADAM, **short)),
+        of_numbers=of_numbers,
+        numbers=make_numbers(_HostNumbers, *of_numbers),
+        host=(
+            *(clipvalue or 0.0, decay, momentum, 1.0 - momentum),
+            *memory(Numbers, beta_1, short_1),
+            *memory(Numbers, beta_2, short_2),
+            _number("eps", group["eps"]),
+        ),
+        passes=passes,
+        rule=known(by_memory(AMSGRAD if group["amsgrad"] else ADAM, short_1, short_2)),
     )
 
 
@@ -925,6 +975,8 @@ class _Bucket:
         self.has_moved = False
         self._place: Any = None
         self._names: tuple[str, ...] = ()
+        # What has the numbers of a step on a GPU, once one needs it.
+        self._clock: gpu.Clock | None = None
         # The group's settings as they were read last, and whether they are numbers, which stay.
         self._held: list[Any] = []
         self._is_fixed = False
@@ -969,8 +1021,8 @@ class _Bucket:
                         p, names[id(p)], state, group, self._names, replaced, is_clocked
                     )
                     key = kind, entry.slot_dtype, count
-                    if is_clocked and kind is cuda.TorchCuda:  # a clock is of one device
-                        key = *key, entry.variable.device
+                    if kind is cuda.TorchCuda:  # a clock is of one device
+                        key = *key, gpu.gpu_of(entry.variable)
                 indices, entries = parts.setdefault(key, ([], []))
                 indices.append(k)
                 entries += [] if entry is None else [entry]
@@ -1025,7 +1077,10 @@ class _Bucket:
             group: of the parameters.
             is_known: whether each parameter has in the state what it had at the last step.
         """
-        if not fast.is_enabled():
+        # Elsewhere counts are compared by the host, which would wait for a device.
+        if not fast.is_enabled() and not self.is_clocked:
+            return False
+        if self._clock is not None and not self._clock.is_current:
             return False
         if _slot_names(group) != self._names:
             return False
@@ -1076,69 +1131,74 @@ class _Bucket:
         """What steps them."""
         return self._backend
 
-    def norm(self, scale: Any) -> Group:
-        """The pass that measures gradients, of the parts of them that are here."""
-        kind = _NORMS[isinstance(scale, Tensor) or scale != 1.0]
+    def norm(self) -> Group:
+        """The pass that measures gradients, of what of them is here; once a step is planned."""
+        kind, scale = self._settings.passes.norm, self._scale
         return Group(kind, NOTHING, self._selection, (), PassCoefficients(scale))
 
     def is_decided_there(self, gradients: Any) -> bool:
         """Whether kernels alone make the step, which read on their device if it is to be made."""
         return self.is_clocked and not (gradients.odd or gradients.located.odd_rest)
 
-    def square_sums(self, gradients: Any, scale: Any) -> list[Any]:
+    def square_sums(self, gradients: Any) -> list[Any]:
         """The sum of squares of each gradient, of the part of it that is here."""
-        found: list[Any] = self._backend.square_sums(self.norm(scale), gradients)
+        found: list[Any] = self._backend.square_sums(self.norm(), gradients)
         return found
 
-    def number(self, factor: Any) -> Any:
-        """A factor that may be on another device, in the form that the backend takes."""
-        return float(factor) if isinstance(self._backend, TorchMemory) else factor
+    def shared(self, factor: Any, count: int) -> Sequence[Any]:
+        """A factor for as many gradients, that may be on another device."""
+        if isinstance(self._backend, TorchMemory):
+            return [float(factor)] * count
+        if isinstance(self._backend, cuda.TorchCuda) and isinstance(factor, Tensor):
+            return gpu.Factors(factor.reshape(1), count, joint=True)
+        return [factor] * count
 
-    def planned(
-        self, group: Mapping[str, Any], factors: Sequence[Any], scale: Any, skip: Tensor | None
-    ) -> Group | None:
-        """What the backend is to do in this step; without gradients, only the averages.
+    def planned(self, group: Mapping[str, Any], scale: Any, skip: Tensor | None) -> Group | None:
+        """What the backend is to do in this step, apart from clipping by norms; without gradients,
+        only the averages.
 
         A device skips it where `skip` is not zero.
         """
         if group.get("capturable") and not self.is_clocked:
             raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
-        self._skip = skip
-        scaled, clipped = isinstance(scale, Tensor) or scale != 1.0, bool(factors)
-        if self.is_clocked:
-            self._t = self._steps[0].to(torch.float64)
-        held = [scaled, clipped, *map(group.get, _READ)]
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        self._scale = scale
+        held = [scaled, *map(group.get, _READ)]
         if not self._is_fixed or not all(map(is_, held, self._held)):
             is_there = isinstance(self._backend, cuda.TorchCuda)
-            self._settings = _settings(group, scaled, clipped, is_there)
+            self._settings = _settings(group, scaled, self._is_double, is_there)
             self._held, self._is_fixed = held, _is_fixed(group)
         now = self._settings
-        kind, others = now.passes.step, now.others
-        if scaled:
-            others = others._replace(scale=scale)
-        rate: Any = now.rate
-        if isinstance(self._backend, cuda.TorchCuda) and cuda.is_there(group["lr"]):
-            rate = group["lr"].detach().to(torch.float64)
-            if self.is_clocked:  # it may be on another device than these parameters
-                rate = rate.to(self._variables[0].device, non_blocking=True)
-        pass_c = pass_coefficients(self._functions, kind, others, rate, self._t)
+        passes = now.passes
+        if isinstance(self._backend, cuda.TorchCuda):
+            self._backend.clock = None
+            is_told = self.is_clocked or cuda.is_there(group["lr"])
+        else:
+            is_told = False
+        numbers: Sequence[Any]
+        if is_told:
+            numbers = self._told(group["lr"], scale, skip)
+        else:
+            numbers = now.numbers(now.rate, self._t, scale, now.host)
+        pass_c = PassCoefficients(*numbers[:_PASS_C])
         if self.is_absent:
-            average = now.passes.average
+            average = passes.average
             return Group(average, NOTHING, self._idle, (), pass_c) if average.averaged else None
-        if kind.decayed:
-            pass_c = pass_c._replace(decay=self._lost(pass_c.decay))
-        rule_c = adam_coefficients(
-            self._functions,
-            rate,
-            self._t + 1.0,
-            now.beta_1,
-            now.beta_2,
-            now.epsilon,
-            epsilon_hat=now.epsilon_hat,
-            short_1=now.short_1,
-            short_2=now.short_2,
-        )
-        return Group(kind, now.rule, self._selection, rule_c, pass_c, factors)
+        return Group(passes.step, now.rule, self._selection, numbers[_PASS_C:], pass_c)
+
+    def _told(self, rate: Any, scale: Any, skip: Tensor | None) -> list[Any]:
+        """The numbers of a step where some of them are on a GPU, which makes all the others."""
+        now, backend = self._settings, self._backend
+        if self._clock is None:
+            device = gpu.gpu_of(self._variables[0])
+            counts = self._steps if self.is_clocked else ()
+            self._clock = gpu.Clock(device, counts, _PASS_C + len(now.rule.coefficients))
+        known = self._t, scale, rate if cuda.is_there(rate) else now.rate
+        numbers = self._clock.tell(make_numbers, now.of_numbers, known, skip, now.host)
+        backend.clock = self._clock.table
+        # Which the host knows: they are not of those that change.
+        told = PassCoefficients(*numbers[:_PASS_C])._replace(steps=1.0, overwrite=0.0, zero=0.0)
+        return [*told, *numbers[_PASS_C:]]
 
     def add_to(self, whole: Work, gradients: Any, planned: Group | None) -> None:
         """Make the step, and its count, part of what is done as a whole, in the host's memory."""
@@ -1155,8 +1215,11 @@ class _Bucket:
         if planned is None or isinstance(self._backend, TorchMemory):
             return []
         if isinstance(self._backend, cuda.TorchCuda):
-            self._backend.skip = self._skip
-            return self._backend.prepared(planned, gradients)
+            calls = self._backend.prepared(planned, gradients)
+            if self.is_clocked and not self.is_absent:
+                assert self._clock is not None
+                calls.append(self._clock.advanced())
+            return calls
         return [partial(self._backend.sweep, planned, gradients)]
 
     def advance(self, planned: Group | None, calls: Sequence[Callable[[], Any]]) -> None:
@@ -1170,8 +1233,7 @@ class _Bucket:
             return
         if not self._is_plain:
             torch.autograd.graph.increment_version(self.params)
-        if self.is_clocked:
-            cuda.count_up(self._steps, self._skip)
+        if self.is_clocked:  # one of the calls has counted
             return
         t = self._t + 1.0
         for count in () if is_on_host else self._counts:
@@ -1183,19 +1245,21 @@ class _Bucket:
         self._t = self._counts[0].item() if self._counts else t  # float32 counts to 2**24
         self._ts = [self._t] * len(self._counts)
 
-    @property
-    def _functions(self) -> Any:
-        """Those of the numbers of a step, which may be on a device."""
-        return DeviceNumbers if isinstance(self._backend, cuda.TorchCuda) else Numbers
 
-    def _lost(self, decay: Any) -> Any:
-        """The part of a parameter that decoupled decay takes away, as torch rounds it: it
-        multiplies by the rest in the parameter's type, in which 1 - 1e-5 is 1.36e-8 too small.
-        """
-        rest = 1.0 - decay
-        if isinstance(rest, Tensor):
-            return 1.0 - (rest if self._is_double else rest.to(torch.float32).to(torch.float64))
-        return 1.0 - (rest if self._is_double else float(np.float32(rest)))
+def _total(squares: Sequence[Any]) -> Any:
+    """Their sum: of those on a device in one operation."""
+    there = [each for each in squares if isinstance(each, Tensor)]
+    here = sum(each for each in squares if not isinstance(each, Tensor))
+    return torch.stack(there).sum() + here if there else here
+
+
+def _each_clipped(squares: Sequence[Any], limit: float) -> Sequence[Any]:
+    """What gradients are multiplied by, each by its own norm: on a device in a few operations."""
+    clip, sqrt = NormClip(), DeviceNumbers.sqrt
+    if all(isinstance(each, Tensor) for each in squares):
+        (values,) = clip.factors(DeviceNumbers, [sqrt(torch.stack(list(squares)))], limit)
+        return gpu.Factors(values, len(squares), joint=False)
+    return clip.factors(DeviceNumbers, map(sqrt, squares), limit)
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .. import rule as arithmetic
 from ..rule import Pass, PassCoefficients, Rule
@@ -36,6 +37,8 @@ BYTES, WARPS = 4096, 4
 ADDED = 4096
 PASS_C = len(PassCoefficients._fields)
 _PASS_C = tl.constexpr(PASS_C)
+# Counts that a program of `count` counts up.
+COUNTED = 1024
 _ZERO = tl.constexpr(PassCoefficients._fields.index("zero"))
 # Always given: the default of the first has changed between versions of Triton.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -88,11 +91,34 @@ def _sign(x):
     return tl.where(x != x, x, (x > 0).to(x.dtype) - (x < 0).to(x.dtype))
 
 
+@triton.jit
+def _expm1(x):
+    return libdevice.expm1(x)
+
+
+@triton.jit
+def _single(x):
+    return x.to(tl.float32).to(tl.float64)
+
+
 class Functions:
-    """`rule.Functions` as Triton compiles them: its own builtins, captured, would not be found."""
+    """`rule.Functions` as Triton compiles them: its own builtins, captured, would not be found.
+
+    Those of `rule.NumberFunctions` too, without `log`, which the host takes; and `single`, a double
+    as float32 has it.
+    """
 
     sqrt, divide, abs, sign = _sqrt, _divide, _abs, _sign
     minimum, maximum, where = _minimum, _maximum, _where
+    expm1, single = _expm1, _single
+
+    def __repr__(self) -> str:
+        """By what Triton's cache on disk tells one version of them from another."""
+        every = (self.sqrt, self.where, self.maximum, self.minimum, self.expm1, self.single)
+        return f"Functions({', '.join(each.cache_key for each in every)})"
+
+
+FUNCTIONS = Functions()
 
 
 # Between what is stored for an element and the float that is computed with. In integers for
@@ -141,32 +167,36 @@ _ROUNDED = {"bfloat16": _round_bfloat16, "float16": _round_float16}
 
 # --- the rule as functions of Triton ---
 
+_ANNOTATIONS = ("Any", "Value", "Values", "bool", "NumberFunctions")
+
 
 def bound(function: Any) -> Any:
     """A closure of the rule, and whatever it calls, as functions of Triton.
 
-    What it captured stands among its globals, as Triton's interpreter wants it: settings as
-    constants, functions compiled likewise. Each has a dictionary of its own, since Triton compares
-    what a name means in one.
+    It may have no parameter that is given by name alone, and neither may what it calls. What it
+    captured stands among its globals, as Triton's interpreter wants it: settings as constants,
+    functions compiled likewise. Each has a dictionary of its own, since Triton compares what a name
+    means in one.
 
     Raises:
         ValueError: if it is no function with a `def` in a file.
     """
+    if isinstance(function, (bool, Pass, Functions)):
+        # The interpreter takes it as it is.
+        return tl.constexpr(function) if isinstance(_same, triton.JITFunction) else function
     if not isinstance(function, types.FunctionType):
         return function
     if function.__name__ == "<lambda>":
         raise ValueError("Triton compiles functions that are written with `def`, and this is none.")
     # Triton looks at annotations.
-    scope = dict(function.__globals__, tl=tl, Any=None, Value=None, Values=None)
+    scope = dict(function.__globals__, tl=tl) | dict.fromkeys(_ANNOTATIONS)
     for name in function.__code__.co_names:  # what it calls by its name
         if isinstance(scope.get(name), types.FunctionType):
             scope[name] = bound(scope[name])
     cells = []
     closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     for name, cell in closure:
-        value = cell.cell_contents
-        value = tl.constexpr(value) if isinstance(value, bool) else bound(value)
-        scope[name] = value
+        scope[name] = value = bound(cell.cell_contents)
         cells.append(types.CellType(value))
     made = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, tuple(cells)
@@ -194,9 +224,7 @@ class Form:
     factored: bool
     factors: int  # 1 if each variable has one of its own, 0 if there is one for all
     measured: bool
-    # Of the skip flag and of each coefficient, where it stands in the clock; -1 of those that the
-    # launch has from the host.
-    places: tuple[int, ...]
+    clocked: bool  # whether coefficients are read from a clock, after the flag that skips a step
 
 
 def block_of(dtype: str) -> int:
@@ -214,8 +242,8 @@ def form_of(
     rule: Rule,
     dtype: str,
     gradient_dtype: str,
-    on_device: Sequence[int] = (),
     *,
+    clocked: bool = False,
     joint: bool = False,
 ) -> Form:
     """The form of the kernel of a pass.
@@ -225,13 +253,9 @@ def form_of(
         rule: the optimizer's rule.
         dtype: of the variables.
         gradient_dtype: of the gradients.
-        on_device: what is read from the clock: 0 is the skip flag, 1 and up are the fields of
-            `PassCoefficients` and then the rule's coefficients.
+        clocked: whether its coefficients are on the device.
         joint: whether one factor clips all gradients.
     """
-    places = [-1] * (1 + PASS_C + len(rule.coefficients))
-    for place, k in enumerate(on_device):
-        places[k] = place
     streams = [gradient_dtype] if kind.gradient else []
     if not (kind.measures_only and not kind.accumulated):
         streams += [dtype, ARITHMETIC[dtype]]
@@ -251,7 +275,7 @@ def form_of(
         factored=kind.clipped_by_factor,
         factors=0 if joint else 1,
         measured=bool(kind.measured),
-        places=tuple(places),
+        clocked=clocked,
     )
 
 
@@ -354,23 +378,21 @@ def sweep(
     BLOCK: tl.constexpr,
 ):
     """A pass over the chunk of this program."""
-    if F.places[0] >= 0:
-        if tl.load(clock.to(tl.pointer_type(tl.float64)) + F.places[0]) != 0:
-            return
     pass_c = ()
     rule_c = ()
-    for k in tl.static_range(_PASS_C):
-        if F.places[k + 1] >= 0:
-            c = tl.load(clock.to(tl.pointer_type(tl.float64)) + F.places[k + 1])
-        else:
-            c = numbers[k]
-        pass_c = pass_c + (c.to(REAL),)
-    for k in tl.static_range(RULE_C):
-        if F.places[k + 1 + _PASS_C] >= 0:
-            r = tl.load(clock.to(tl.pointer_type(tl.float64)) + F.places[k + 1 + _PASS_C])
-        else:
-            r = numbers[k + _PASS_C]
-        rule_c = rule_c + (r.to(REAL),)
+    if F.clocked:
+        told = clock.to(tl.pointer_type(tl.float64))
+        if tl.load(told) != 0:
+            return
+        for k in tl.static_range(_PASS_C):
+            pass_c = pass_c + (tl.load(told + 1 + k).to(REAL),)
+        for k in tl.static_range(RULE_C):
+            rule_c = rule_c + (tl.load(told + 1 + _PASS_C + k).to(REAL),)
+    else:
+        for k in tl.static_range(_PASS_C):
+            pass_c = pass_c + (numbers[k].to(REAL),)
+        for k in tl.static_range(RULE_C):
+            rule_c = rule_c + (numbers[k + _PASS_C].to(REAL),)
     k = tl.program_id(0)
     word = _word(chunks, k)
     tensor = word >> 32
@@ -458,6 +480,51 @@ def factor(
         tl.store(factors.to(tl.pointer_type(tl.float64)) + p, value)
 
 
+@triton.jit
+def tell(
+    clock,
+    step,
+    skip,
+    scale,
+    rate,
+    numbers,
+    NUMBERS: tl.constexpr,
+    RATE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Fill a clock with the numbers of a step: whether it is skipped, its pass's, its rule's.
+
+    Where an address is zero, the host knows: t, scale and rate are the first of `numbers`.
+    """
+    t = numbers[0]
+    divisor = numbers[1]
+    learning_rate = numbers[2]
+    if step != 0:
+        t = tl.load(step.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    if scale != 0:
+        divisor = tl.load(scale.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    if rate != 0:
+        learning_rate = tl.load(rate.to(tl.pointer_type(RATE))).to(tl.float64)
+    is_skipped = t * 0.0
+    if skip != 0:
+        is_skipped = tl.load(skip.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    values = NUMBERS(learning_rate, t, divisor, numbers[3:])
+    p = clock.to(tl.pointer_type(tl.float64))
+    tl.store(p, is_skipped)
+    for k in tl.static_range(COUNT):
+        tl.store(p + 1 + k, values[k])
+
+
+@triton.jit
+def count(steps, n, clock, COUNTED: tl.constexpr):
+    """Count a step, unless the clock says that it is skipped; `steps` are addresses of counts."""
+    i = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    if tl.load(clock.to(tl.pointer_type(tl.float64))) == 0:
+        p = tl.load(steps.to(tl.pointer_type(tl.int64)) + i, mask=i < n, other=0)
+        p = p.to(tl.pointer_type(tl.float32))
+        tl.store(p, tl.load(p, mask=i < n) + 1.0, mask=i < n)
+
+
 # --- what is compiled ---
 
 
@@ -491,17 +558,32 @@ def constants_of(kind: Pass, rule: Rule, form: Form) -> dict[str, Any]:
 
 def factor_constants(clip: Callable[..., Any] | None) -> dict[str, Any]:
     """Likewise of `factor`; `clip` is one of the rule's, or None for sums alone."""
-    return {"FACTOR": bound(clip), "FUNCTIONS": Functions, "ADDED": ADDED}
+    return {"FACTOR": bound(clip), "FUNCTIONS": FUNCTIONS, "ADDED": ADDED}
+
+
+def tell_constants(
+    make: Callable[..., Any], settings: tuple[Any, ...], rate: str, count: int
+) -> dict[str, Any]:
+    """Likewise of `tell`.
+
+    Args:
+        make: a function at the top level of a module, `(functions, *settings) -> numbers`, where
+            `numbers(rate, t, scale, host)` returns so many numbers: a pass's, then its rule's.
+        settings: of it.
+        rate: the type of the rate that is on the device.
+        count: how many numbers there are.
+    """
+    return {"NUMBERS": bound(make(FUNCTIONS, *settings)), "RATE": _BITS[rate], "COUNT": count}
 
 
 def sweep_kernel(
-    kind: Pass, rule: Rule, dtype: str, on_device: tuple[int, ...], joint: bool, target: Any
+    kind: Pass, rule: Rule, dtype: str, clocked: bool, joint: bool, target: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel of a pass over variables and gradients of one type, and its fixed arguments.
 
     It is what `form_of` says, compiled for a `GPUTarget` of Triton.
     """
-    form = form_of(kind, rule, dtype, dtype, on_device, joint=joint)
+    form = form_of(kind, rule, dtype, dtype, clocked=clocked, joint=joint)
     constants = constants_of(kind, rule, form)
     return _compiled(sweep, constants, PASS_C + form.rule_c, target), constants
 
@@ -510,6 +592,25 @@ def factor_kernel(clip: Callable[..., Any] | None, target: Any) -> tuple[Any, di
     """Likewise what adds partial sums up, and makes factors of them as `clip` says."""
     constants = factor_constants(clip)
     return _compiled(factor, constants, 0, target), constants
+
+
+def tell_kernel(
+    make: Callable[..., Any],
+    settings: tuple[Any, ...],
+    rate: str,
+    count: int,
+    host: int,
+    target: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Likewise what fills a clock; of the numbers that it needs the host gives so many."""
+    constants = tell_constants(make, settings, rate, count)
+    return _compiled(tell, constants, 3 + host, target), constants
+
+
+def count_kernel(target: Any) -> tuple[Any, dict[str, Any]]:
+    """Likewise what counts steps up."""
+    constants = {"COUNTED": COUNTED}
+    return _compiled(count, constants, 0, target), constants
 
 
 def _compiled(function: Any, constants: dict[str, Any], numbers: int, target: Any) -> Any:
