@@ -26,9 +26,14 @@ int cuLaunchKernelEx(const Config *config, void *f, void **given, void **extra) 
 }
 
 int cuCtxGetCurrent(void **context) { return *context = &launches, 0; }
-int cuCtxSetCurrent(void *context) { return (void)context, 0; }
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { return (void)device, *context = &launches, 0; }
 int cuGetErrorString(int code, const char **words) { return (void)code, *words = "an error", 0; }
-int cuPointerGetAttribute(void *data, int which, uint64_t at) { return (void)which, *(uint64_t *)data = at, 0; }
-int cuFuncSetAttribute(void *f, int which, int value) { return (void)f, (void)which, (void)value, 0; }
+
+/* What else Triton links to: nothing of it is called here, or it may do nothing. */
+#define NOTHING(name) int name(void) { return 0; }
+NOTHING(cuCtxGetDevice) NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit)
+NOTHING(cuDeviceGetAttribute) NOTHING(cuDevicePrimaryCtxRetain) NOTHING(cuDriverGetVersion)
+NOTHING(cuFuncGetAttribute) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuModuleGetFunction) NOTHING(cuModuleLoadData) NOTHING(cuModuleUnload)
+NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuPointerGetAttribute) NOTHING(cuPointerGetAttributes)
+NOTHING(cuStreamIsCapturing) NOTHING(cuTensorMapEncodeIm2col) NOTHING(cuTensorMapEncodeTiled)

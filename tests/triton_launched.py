@@ -33,9 +33,15 @@ STREAM, FUNCTION = 42, 77
 
 
 class Utilities:
-    """What Triton asks of a device beside launches."""
+    """Triton's own, but for what asks of a device."""
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+    def __init__(self) -> None:
+        self._own = nvidia.CudaUtils()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def load_binary(self, name: str, kernel: bytes, *others: Any) -> tuple[int, ...]:
         assert kernel[:4] == b"\x7fELF"
         return 1, FUNCTION, 64, 0, 1024
 
@@ -46,7 +52,10 @@ class Utilities:
 class Driver:
     """A device, number 0, that nothing runs on."""
 
-    utils, launcher_cls = Utilities(), nvidia.CudaLauncher
+    launcher_cls = nvidia.CudaLauncher
+
+    def __init__(self) -> None:
+        self.utils = Utilities()
 
     def get_current_device(self) -> int:
         return 0
@@ -81,11 +90,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        # Triton's own is built with the rest of the driver.
-        patch.setattr(nvidia, "PyCUtensorMap", object, raising=False)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        found = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         driver.set_active(Driver())
-        yield ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        yield found
 
 
 def launched(library: ctypes.CDLL, compile: Any, *of: Any, given: tuple[Any, ...]) -> None:
@@ -126,9 +134,11 @@ def test_what_norms_and_clocks_need(library: ctypes.CDLL) -> None:
     launched(library, kernels.tell_kernel, *of, given=(*ADDRESSES[:5], numbers))
 
 
-def test_without_a_compiler_of_c(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(os.environ["TRITON_CACHE_DIR"]) / "another"))
-    monkeypatch.setenv("CC", "/nowhere/cc")
+def test_what_cannot_be_loaded(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise OSError("no memory is left")
+
+    monkeypatch.setattr(Utilities, "load_binary", fails)
     device = Device(torch.device("cpu"))
-    with pytest.raises(CannotCompile, match="/nowhere/cc"):
+    with pytest.raises(CannotCompile, match="OSError: no memory is left"):
         device.kernel(kernels.factor_kernel, None)

@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, overload
 
 import numpy as np
@@ -400,6 +401,9 @@ class Added:
 # --- numbers that the host does not know ---
 
 
+_version_of = attrgetter("_version")
+
+
 class Clock:
     """The numbers of steps that are counted on a device, or whose rate is there.
 
@@ -417,10 +421,11 @@ class Clock:
         if counts:
             places = np.array(list(map(Tensor.data_ptr, counts)), np.int64)
             self._places = gpu.uploaded(places)
+        self._tracked = [each for each in counts if not each.is_inference()]
         self._versions = self._seen()
 
     def _seen(self) -> list[int]:
-        return [0 if each.is_inference() else each._version for each in self._counts]
+        return list(map(_version_of, self._tracked))
 
     @property
     def is_current(self) -> bool:
