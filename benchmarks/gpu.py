@@ -11,6 +11,7 @@ not be installed; no network.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -307,7 +308,7 @@ def launches() -> str:
     for settings in ({}, {"global_clipnorm": 1.0}, {"capturable": True}):
         params = parameters([(7,)] * 10_000, "cuda")
         for p in params:
-            p.grad = p.detach()
+            p.grad = torch.ones_like(p)
         opt = AdamW(params, lr=0.01, **settings)
         opt.step()
         device = gpu.gpu_of(params[0])
@@ -344,7 +345,28 @@ def without_waiting() -> str:
     modes["full"] = drop_in(global_clipnorm=1.0, use_ema=True)
     modes["clipnorm"] = drop_in(clipnorm=1.0)
     modes["capturable"] = drop_in(capturable=True)
+
+    def changing(**settings: Any) -> Callable[[list[nn.Parameter]], Callable[[], Any]]:
+        """Some gradients absent, others at new addresses, in each step."""
+
+        def make(params: list[nn.Parameter]) -> Callable[[], Any]:
+            opt = AdamW(params, lr=0.01, **settings)
+            held = [p.grad for p in params]
+            steps = itertools.count()
+
+            def step() -> None:
+                k = next(steps)
+                for i, (p, g) in enumerate(zip(params, held, strict=True)):
+                    p.grad = None if i == k % 5 and k else g.clone()
+                opt.step()
+
+            return step
+
+        return make
+
     modes["scaler"], modes["omniadam.Adam"] = scaled, keras
+    modes["changing gradients"] = changing()
+    modes["changing gradients, capturable"] = changing(capturable=True)
     waits = []
     for name, make in modes.items():
         params = parameters(ODD, "cuda")
@@ -419,7 +441,10 @@ def sanitized() -> str:
     if program is None:
         return "compute-sanitizer is not installed"
     command = [program, "--tool", "memcheck", sys.executable, __file__, "--only", "sanitizer"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "not done after 120 s"
     last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
     return last[-1].strip("= ") if last else f"no summary: {done.stderr[-200:]}"
 

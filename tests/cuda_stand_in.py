@@ -5,6 +5,7 @@ Its memory is the host's, and what is launched is interpreted; copies and launch
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from omniadam import Adam, schedules
 from omniadam.backends import cuda
 from omniadam.backends import gpu as gpu_module
 from omniadam.backends.cuda import TorchCuda
-from omniadam.backends.gpu import Gpu, Table, makes_a_step
+from omniadam.backends.gpu import SPARES, CannotCompile, Gpu, Table, makes_a_step
 from omniadam.backends.torch import Torch, TorchDevice, TorchMemory
 from omniadam.kernels import triton as kernels
 
@@ -55,6 +56,7 @@ class StandIn(Gpu):
         self.pins = 0
         self.capturing = False
         self.graph: list[Callable[[], Any]] = []
+        self.pool: list[Tensor] = []  # which a graph has to itself
         self.at: Any = "a stream"
         super().__init__(CPU)
 
@@ -70,6 +72,12 @@ class StandIn(Gpu):
     def uploaded(self, values: Any, spare: Any = None) -> Table:
         found = super().uploaded(values, spare)
         self.uploads += 1
+        return found
+
+    def scratch(self, *shape: int) -> Tensor:
+        found = super().scratch(*shape)
+        if self.capturing:
+            self.pool.append(found)
         return found
 
     def copy(self, table: Tensor, pinned: Tensor) -> None:
@@ -415,7 +423,7 @@ def test_a_rule_that_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> N
             return (rate,)
 
     w = torch.ones(3)
-    with pytest.warns(RuntimeWarning, match="Triton cannot compile the rule"):
+    with pytest.warns(RuntimeWarning, match="no kernel for make_lambda .*written with `def`"):
         Descent(0.5).apply_gradients([(torch.ones(3), w)])
     assert w.tolist() == [0.5] * 3
 
@@ -562,19 +570,22 @@ def test_a_capture_takes_what_was_provided_and_keeps_it(gpu: StandIn) -> None:
     assert gpu.pins == pins and len(gpu._pinned) == pinned
     set_all(2)
     before = bits(states(opt, params))
-    with gpu.captured(), pytest.raises(RuntimeError, match="make at least one step"):
-        opt.step()  # at third addresses, for which no step has left spare memory
+    with gpu.captured():
+        for step in range(2, 1 + SPARES):
+            set_all(step)
+            opt.step()
+        set_all(9)
+        with pytest.raises(RuntimeError, match="no memory left to capture them"):
+            opt.step()  # at addresses for which no step has left spare memory
     assert bits(states(opt, params)) == before
     opt.step()
     set_all(3)
     with gpu.captured() as second:
         opt.step()
-    counts = [6.0, 7.0]
     for graph, count in zip((first, second), (3.0, 4.0), strict=True):
         for work in graph:
             work()
         assert opt.state[params[0]]["step"] == count
-    del counts
 
 
 def test_a_capture_needs_a_step_before_it_and_a_count_on_the_device(gpu: StandIn) -> None:
@@ -599,19 +610,27 @@ def test_a_capture_needs_a_step_before_it_and_a_count_on_the_device(gpu: StandIn
 
 
 def test_errors_come_before_anything_is_changed(gpu: StandIn) -> None:
+    params = [torch.ones(3), torch.ones(1031)]
+    opt = Adam(0.01)
+    grads = [torch.ones_like(p) for p in params]
+    opt.apply(grads, params)
+    before, count = bits([*params, *opt.variables]), len(gpu.launched)
+    with pytest.raises(ValueError, match="must be on the variable's device"):
+        opt.apply([grads[0], grads[1].to("meta")], params)
+    assert bits([*params, *opt.variables]) == before and len(gpu.launched) == count
+    opt.apply(grads, params)
+    assert bits([*params, *opt.variables]) != before
+
+
+def test_state_that_was_moved(gpu: StandIn) -> None:
     params = model()
     opt = drop_in.Adam(params, lr=0.01)
     set_gradients(params, 0)
     opt.step()
-    before, count = bits(states(opt, params)), len(gpu.launched)
-    grad = torch.ones_like(params[3], device="meta")
     entry = opt._buckets[0].entries[3]
-    with pytest.raises(ValueError, match="must be on the variable's device"):
-        opt._buckets[0].backend.gradient(grad, entry)
     entry.slots = (entry.slots[0].to("meta"), entry.slots[1])
     with pytest.raises(ValueError, match="must stay on meta, where this optimizer was built"):
         opt._buckets[0].backend.gradient(params[3].grad, entry)
-    assert bits(states(opt, params)) == before and len(gpu.launched) == count
 
 
 def test_without_kernels_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,7 +781,7 @@ def test_settings_that_a_graph_cannot_read(gpu: StandIn) -> None:
 def test_steps_without_fast_paths_wait_for_nothing(
     monkeypatch: pytest.MonkeyPatch, gpu: StandIn
 ) -> None:
-    monkeypatch.setenv("OMNIADAM_FAST", "0")
+    monkeypatch.setattr("omniadam.fast.is_enabled", lambda: False)
     params = model()
     opt = drop_in.Adam(params, lr=0.01, capturable=True)
     set_gradients(params, 0)
@@ -796,27 +815,214 @@ def test_a_device_is_tried(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> Non
     assert not makes_a_step(gpu)
 
 
-def test_what_triton_fails_to_compile(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch, *names: str, error: Exception | None = None
+) -> list[Any]:
+    """Let Triton fail to compile kernels of these names, and note the attempts."""
     from omniadam import slow
 
-    def fails(*arguments: Any) -> Any:
-        raise OSError("no space\nis left")
+    attempts = []
+    compiled = kernels._compiled
+
+    def compile(function: Any, *others: Any) -> Any:
+        if function.fn.__name__ not in names:
+            return compiled(function, *others)
+        attempts.append(function)
+        raise error or OSError("no space\nis left")
 
     monkeypatch.setattr(slow, "reasons", [])
-    monkeypatch.setattr(cuda, "_refused", set())
-    monkeypatch.setattr(kernels, "_compiled", fails)
+    monkeypatch.setattr(kernels, "_compiled", compile)
+    return attempts
+
+
+@pytest.mark.parametrize("name", ["sweep", "factor"])
+@pytest.mark.parametrize("settings", [{"global_clipnorm": 1.0}, {"clipnorm": 0.3}], ids=str)
+def test_what_triton_fails_to_compile(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    attempts = failing(monkeypatch, name)
     params, others = model(), model()
-    opt = drop_in.Adam(params, lr=0.01, global_clipnorm=1.0)
-    set_gradients(params, 0)
-    with pytest.warns(RuntimeWarning, match="no space is left"):
-        opt.step()
+    opt = drop_in.Adam(params, lr=0.01, **settings)
+    for step in range(2):
+        set_gradients(params, step)
+        if step == 0:
+            with pytest.warns(RuntimeWarning, match="OSError: no space is left"):
+                opt.step()
+            first = len(attempts)
+        else:
+            opt.step()
+    assert len(attempts) == first, "what fails is not tried again"
     monkeypatch.setattr(Torch, "kind_for", classmethod(lambda cls, v: TorchDevice))
-    plain = drop_in.Adam(others, lr=0.01, global_clipnorm=1.0)
-    set_gradients(others, 0)
-    plain.step()
+    plain = drop_in.Adam(others, lr=0.01, **settings)
+    for step in range(2):
+        set_gradients(others, step)
+        plain.step()
     for one, other in zip(states(opt, params), states(plain, others), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
-    assert not gpu.launched
+
+
+@pytest.mark.parametrize("name", ["tell", "count", "sweep"])
+def test_without_a_clock_the_host_decides(
+    name: str, monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    failing(monkeypatch, name)
+    params, others = model(), model()
+    opt = drop_in.AdamW(params, lr=0.01, use_ema=True, fused=True)
+    twin = drop_in.AdamW(others, lr=0.01, use_ema=True)
+    for step, found in enumerate([0.0, 1.0, 0.0]):
+        set_gradients(params, step, math.inf if found else 8.0)
+        set_gradients(others, step)
+        opt.found_inf, opt.grad_scale = there(found), there(8.0)
+        if step == 0:
+            with pytest.warns(RuntimeWarning, match="The host waits for the numbers"):
+                opt.step()
+        else:
+            opt.step()
+        if not found:
+            twin.step()
+    for one, other in zip(states(opt, params), states(twin, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    assert opt.state[params[0]]["step"] == 2
+    rated = drop_in.AdamW(model(), lr=there(0.01))
+    set_gradients(rated.param_groups[0]["params"], 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rated.step()
+
+
+def test_what_is_captured_needs_its_clock(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    failing(monkeypatch, "tell")
+    params = model()
+    opt = drop_in.AdamW(params, lr=0.01, capturable=True)
+    set_gradients(params, 0)
+    before = bits(params)
+    with pytest.raises(CannotCompile, match="no space is left"):
+        opt.step()
+    assert bits(params) == before and not opt.state
+
+
+def test_a_kernel_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    failing(monkeypatch, "sweep")
+    monkeypatch.setenv("OMNIADAM_KERNEL", "triton")
+    opt = drop_in.AdamW(model(), lr=0.01)
+    set_gradients(opt.param_groups[0]["params"], 0)
+    with pytest.raises(CannotCompile, match="no space is left"):
+        opt.step()
+
+
+def test_what_fails_for_want_of_memory_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, "sweep", error=torch.OutOfMemoryError("2 GiB"))
+        opt = drop_in.AdamW(model(), lr=0.01)
+        set_gradients(opt.param_groups[0]["params"], 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    opt.step()
+    assert gpu.launched == ["sweep"]
+
+
+def test_gradients_that_come_and_go_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    params, others = model(), model()
+    opt = drop_in.AdamW(params, lr=0.01, capturable=True)
+    twin = drop_in.AdamW(others, lr=0.01)
+    rng = np.random.default_rng(0)
+    for step in range(5):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        for i in rng.choice(len(params), 2, replace=False) if step else ():
+            params[i].grad = others[i].grad = None
+        with monkeypatch.context() as patch:
+            if step:
+                for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
+                    patch.setattr(Tensor, name, refused)
+            opt.step()
+        twin.step()
+    for p, q in zip(params, others, strict=True):
+        assert opt.state[p]["step"] == twin.state[q]["step"]
+    for one, other in zip(states(opt, params), states(twin, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_parameter_that_begins_anew(gpu: StandIn) -> None:
+    """Beside those whose counts the clock knows to be alike."""
+    params, others = model(), model()
+    opt, twin = drop_in.Adam(params, lr=0.01, capturable=True), drop_in.Adam(others, lr=0.01)
+    for step in range(3):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        if step == 2:
+            del opt.state[params[0]], twin.state[others[0]]
+        opt.step()
+        twin.step()
+    assert [opt.state[p]["step"].item() for p in params[:2]] == [1.0, 3.0]
+    for one, other in zip(states(opt, params), states(twin, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_scaler_where_no_kernel_takes_a_gradient(gpu: StandIn) -> None:
+    shape = (33, 31)
+    start = torch.linspace(-1, 1, 33 * 31).reshape(shape)
+    params, others = ([nn.Parameter(start.clone()) for _ in range(2)] for _ in range(2))
+    opt = drop_in.AdamW(params, lr=0.01, fused=True, capturable=True)
+    twin = drop_in.AdamW(others, lr=0.01)
+    for found in (0.0, 1.0, 0.0):
+        g = torch.sin(100 * start) * (math.inf if found else 1.0)
+        params[0].grad = 8.0 * g
+        params[1].grad = (8.0 * g).t().contiguous().t()
+        opt.found_inf, opt.grad_scale = there(found), there(8.0)
+        if found:
+            with gpu.captured(), pytest.raises(RuntimeError, match="kernels make all of it"):
+                opt.step()
+            opt.found_inf, opt.grad_scale = there(found), there(8.0)
+        opt.step()
+        if not found:
+            for q in others:
+                q.grad = g.clone()
+            twin.step()
+    for one, other in zip(states(opt, params), states(twin, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+def test_where_a_count_is() -> None:
+    """All memory is the host's here, so that this is asked for by itself."""
+    count, there = torch.zeros(()), torch.zeros((), device="meta")
+    assert drop_in._counts_on(count, CPU) and drop_in._counts_on(there, there.device)
+    for step, device in (
+        (count, there.device),
+        (count.double(), CPU),
+        (torch.zeros(1), CPU),
+        (2.0, CPU),
+        (None, CPU),
+    ):
+        assert not drop_in._counts_on(step, device)
+
+
+def test_what_is_pinned_and_copied_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Any] = []
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: noted.append((size, given)))
+    Gpu.pinned(object.__new__(Gpu), 7)
+    like = {"dtype": torch.int64, "device": "cpu", "pin_memory": True}
+    assert noted == [((7,), like)]
+    monkeypatch.undo()
+    monkeypatch.setattr(Tensor, "copy_", lambda *given, **named: noted.append(named))
+    Gpu.copy(object.__new__(Gpu), torch.zeros(1), torch.zeros(1))
+    assert noted[1:] == [{"non_blocking": True}]
+
+
+def test_plans_are_few(gpu: StandIn) -> None:
+    """Each has tables of all chunks; what no kernel takes may be others at each step."""
+    params = [nn.Parameter(torch.ones(3, 5)) for _ in range(4)]
+    opt = drop_in.Adam(params, lr=0.01)
+    for step in range(16):
+        for k, p in enumerate(params):
+            p.grad = torch.ones(5, 3).t() if step >> k & 1 else torch.ones(3, 5)
+        opt.step()
+        assert len(opt._buckets[0]._selection.prepared.plans) <= 8
+    assert gpu.launched.count("sweep") == 15
 
 
 def test_omniadam_adam_is_not_captured(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:

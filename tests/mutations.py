@@ -96,8 +96,31 @@ FAULTS = [
     ),
     Fault("kernels/triton.py", "    if scale != 0:", "    if scale < 0:", "test_cuda.py -k scaler"),
     Fault("backends/gpu.py", "and event.query()", "", "test_cuda.py -k pinned"),
+    Fault("backends/gpu.py", "spare = self.spares.pop()", "spare = self.spares[-1]", CAPTURED),
     Fault(
-        "backends/gpu.py", "spare, self.spare = self.spare, None", "spare = self.spare", CAPTURED
+        "torch.py",
+        "return self.is_clocked and not (gradients.odd or gradients.located.odd_rest)",
+        "return self.is_clocked",
+        "test_cuda.py -k scaler",
+    ),
+    Fault(
+        "torch.py",
+        "if not fast.is_enabled() and not self.is_clocked:",
+        "if not fast.is_enabled():",
+        "test_cuda.py -k fast",
+    ),
+    Fault("torch.py", "is_count and step.device == device", "is_count", "test_cuda.py -k where_a"),
+    Fault(
+        "torch.py", "counted = () if clock", "counted = () if True or clock", "test_cuda.py -k come"
+    ),
+    Fault(
+        "torch.py", "        count = -1.0\n", "        count = 0.0\n", "test_cuda.py -k begins_anew"
+    ),
+    Fault(
+        "torch.py", "and self._can_do_without_clock()", "and False", "test_cuda.py -k host_decides"
+    ),
+    Fault(
+        "backends/gpu.py", "            self._kernels[key] = found\n", "", "test_cuda.py -k fails"
     ),
     Fault(
         "backends/gpu.py",
@@ -114,7 +137,10 @@ FAULTS = [
         "backends/gpu.py", "                self._load(kernel)\n", "", "test_triton.py -k handed"
     ),
     Fault(
-        "torch.py", "left if is_double else 1.0 - single(left)", "left", "test_triton.py -k tells"
+        "torch.py",
+        "left if is_double else 1.0 - single(left)",
+        "left",
+        "test_torch_optim.py -k decay_is_rounded",
     ),
     Fault(
         "torch.py", "key = *key, gpu.gpu_of(entry.variable)", "pass", "test_cuda.py -k two_devices"

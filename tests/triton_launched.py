@@ -11,7 +11,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "device", guard)
         found = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         driver.set_active(Driver())
         yield found
+
+
+# The devices that were the current one for a while.
+entered: list[torch.device] = []
+
+
+@contextmanager
+def guard(device: torch.device) -> Iterator[None]:
+    entered.append(device)
+    yield
 
 
 def launched(library: ctypes.CDLL, compile: Any, *of: Any, given: tuple[Any, ...]) -> None:
@@ -101,7 +111,15 @@ def launched(library: ctypes.CDLL, compile: Any, *of: Any, given: tuple[Any, ...
     flat = [*given[:-1], *(given[-1] if isinstance(given[-1], tuple) else given[-1:])]
     ctypes.c_int.in_dll(library, "wanted").value = len(flat)
     device = Device(torch.device("cpu"))
-    device.launch(device.kernel(compile, *of), 5, *given)
+    entered.clear()
+    kernel = device.kernel(compile, *of)
+    assert entered == [device.device], "it is loaded for the device"
+    before = ctypes.c_int.in_dll(library, "launches").value
+    device.launch(kernel, 5, *given)
+    assert entered == [device.device] * 2, "and launched there"
+    assert ctypes.c_int.in_dll(library, "launches").value == before + 1
+    device.launch(kernel, 0, *given)
+    assert ctypes.c_int.in_dll(library, "launches").value == before + 1
     parameters = (ctypes.c_uint64 * 64).in_dll(library, "parameters")[: len(flat)]
     wanted = [struct.pack("d" if isinstance(x, float) else "q", x) for x in flat]
     assert struct.pack(f"{len(flat)}Q", *parameters) == b"".join(wanted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -127,7 +127,8 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
     _is_watched: bool | None = None
     # Whether steps are counted on the GPUs of the parameters, where a step may be skipped, captured
     # in a graph, or both.
-    _is_clocked = False
+    _is_clocked = False  # whether steps are counted on GPUs
+    _has_clocks = True  # whether GPUs have the kernels for that
     _params: Sequence[Tensor] = ()
     _sizes: Sequence[int] = ()
     _absent: Sequence[bool] = ()
@@ -301,6 +302,11 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 scale = _number("grad_scale", given, unknown=1.0)
             work = self._arranged(replaced)
             if self._is_clocked and not all(b.is_decided_there(found) for b, found in work):
+                if found_inf is not None and cuda.is_capturing():
+                    raise RuntimeError(
+                        "A step that a GradScaler may skip can be captured if kernels make all of "
+                        "it: each gradient of its parameter's dtype and layout, on a GPU."
+                    )
                 is_skipped = found_inf is not None and _number("found_inf", found_inf) != 0.0
                 scale = 1.0 if given is None else _number("grad_scale", given, unknown=1.0)
                 found_inf = None
@@ -308,7 +314,10 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 return
             skip = found_inf if self._is_clocked else None
             groups = self.param_groups
-            plan = [bucket.planned(groups[bucket.group], scale, skip) for bucket, _ in work]
+            plan = [
+                bucket.planned(groups[bucket.group], scale, skip, self._has_clocks)
+                for bucket, _ in work
+            ]
             factors = self._clip_factors(work)
             if factors:
                 plan = [
@@ -321,8 +330,12 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                 bucket.prepared(gradients, planned)
                 for (bucket, gradients), planned in zip(work, plan, strict=True)
             ]
-        except BaseException:
+        except BaseException as error:
             self._undo(replaced, count)
+            if isinstance(error, gpu.CannotCompile) and self._can_do_without_clock():
+                self._has_clocks = self._is_clocked = False
+                slow.warn(f"{error} The host waits for the numbers that a device has.")
+                return self._step_in_turn()
             raise
         whole.whole(whole.do)
         for (bucket, _), planned, calls in zip(work, plan, launches, strict=True):
@@ -331,8 +344,21 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
         if not isinstance(scale, Tensor) and scale != 1.0:
             self._unscale(scale)
 
+    def _can_do_without_clock(self) -> bool:
+        """Whether a step may wait for what a GPU was to read by itself."""
+        groups = self.param_groups
+        is_read = self._is_clocked or any(cuda.is_there(group["lr"]) for group in groups)
+        return (
+            self._has_clocks
+            and is_read
+            and not any(group.get("capturable") for group in groups)
+            and not cuda.is_capturing()
+        )
+
     def _wants_clock(self, found_inf: Any) -> bool:
         """Whether steps are to be counted on a GPU from now on."""
+        if not self._has_clocks:
+            return False
         if found_inf is not None and cuda.is_there(found_inf):
             return True
         return any(group.get("capturable") for group in self.param_groups)
@@ -347,8 +373,6 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
                     "A step that is captured in a CUDA graph must count on the device: create the "
                     "optimizer with `capturable=True`. Received capturable=False."
                 )
-            if any(p.grad is not None and not self.state.get(p) for p in group["params"]):
-                raise RuntimeError(gpu.WARM_UP)
             read = {name: group[name] for name in ("betas", "eps", "weight_decay")}
             values = [*group["betas"], group["eps"], group["weight_decay"]]
             if any(isinstance(each, Tensor) and cuda.is_on_gpu(each) for each in values):
@@ -510,12 +534,16 @@ class Adam(torch.optim.Adam):  # type: ignore[misc]
             limit, global_limit = group.get("clipnorm"), group.get("global_clipnorm")
             if limit is not None:
                 values = cuda.factors_of(launches, gradients.located, NormClip(), limit)
+                if values is None:
+                    return None
                 factors[bucket] = gpu.Factors(values, count, joint=False)
             elif global_limit is not None:
                 if global_limit not in joint:
                     first = work[0][1].located
-                    clip = NormClip(joint=True)
-                    joint[global_limit] = cuda.factors_of(every, first, clip, global_limit)
+                    values = cuda.factors_of(every, first, NormClip(joint=True), global_limit)
+                    if values is None:
+                        return None
+                    joint[global_limit] = values
                 factors[bucket] = gpu.Factors(joint[global_limit], count, joint=True)
         return factors
 
@@ -977,6 +1005,8 @@ class _Bucket:
         self._names: tuple[str, ...] = ()
         # What has the numbers of a step on a GPU, once one needs it.
         self._clock: gpu.Clock | None = None
+        # That of the bucket that this is a part of: it counted the same steps for all.
+        self._counted_by: gpu.Clock | None = None
         # The group's settings as they were read last, and whether they are numbers, which stay.
         self._held: list[Any] = []
         self._is_fixed = False
@@ -994,6 +1024,7 @@ class _Bucket:
         positions = [self.positions[k] for k in indices]
         part = _Bucket(self.group, positions, [self.params[k] for k in indices])
         part.is_absent, part._names = is_absent, self._names
+        part._counted_by = self._clock if self.is_clocked else self._counted_by
         return part
 
     def renewed(
@@ -1010,6 +1041,8 @@ class _Bucket:
         if self.is_current(state, group, False):
             return [self]
         names = dict(zip(map(id, group["params"]), _names(group), strict=True))
+        clock = self._clock if self.is_clocked else self._counted_by
+        counted = () if clock is None or not clock.is_current else set(map(id, clock.counts))
         parts: dict[Any, tuple[list[int], list[Entry]]] = {}
         with making_state():
             for k, p in enumerate(self.params):
@@ -1018,7 +1051,8 @@ class _Bucket:
                 held = state.get(p)
                 if not self.is_absent or held:
                     entry, kind, count = _entry(
-                        p, names[id(p)], state, group, self._names, replaced, is_clocked
+                        *(p, names[id(p)], state, group, self._names, replaced, is_clocked),
+                        counted,
                     )
                     key = kind, entry.slot_dtype, count
                     if kind is cuda.TorchCuda:  # a clock is of one device
@@ -1030,6 +1064,7 @@ class _Bucket:
         for indices, entries in parts.values():
             part = self._part(indices, self.is_absent)
             part._prepare(entries, state, group, is_clocked)
+            part._counted_by = None
             result.append(part)
         return result
 
@@ -1057,6 +1092,8 @@ class _Bucket:
         self._t: Any = 0.0 if self.is_clocked else _count(steps[0])
         self._ts = [self._t] * len(self._counts)
         self._is_double = entries[0].slot_dtype == "float64"
+        if self.is_clocked:
+            self._clock = self._new_clock(self._steps)
         self._selection = Selection(tuple(entries), ())
         if isinstance(self._backend, TorchMemory) and self._backend.fast is not None:
             self._backend.fast.note_built(self._selection.entries)  # they were described just now
@@ -1153,28 +1190,35 @@ class _Bucket:
             return gpu.Factors(factor.reshape(1), count, joint=True)
         return [factor] * count
 
-    def planned(self, group: Mapping[str, Any], scale: Any, skip: Tensor | None) -> Group | None:
+    def planned(
+        self, group: Mapping[str, Any], scale: Any, skip: Tensor | None, has_clocks: bool
+    ) -> Group | None:
         """What the backend is to do in this step, apart from clipping by norms; without gradients,
         only the averages.
 
-        A device skips it where `skip` is not zero.
+        Args:
+            group: of the parameters.
+            scale: what gradients are divided by.
+            skip: on a GPU, not zero if it is to skip the step.
+            has_clocks: whether a GPU can read the rate there.
         """
-        if group.get("capturable") and not self.is_clocked:
+        if group.get("capturable") and not (self.is_clocked or _is_watched()):
             raise RuntimeError(f"`capturable=True` cannot be honoured: {_REFUSED['capturable']}")
         scaled = isinstance(scale, Tensor) or scale != 1.0
         self._scale = scale
         held = [scaled, *map(group.get, _READ)]
         if not self._is_fixed or not all(map(is_, held, self._held)):
-            is_there = isinstance(self._backend, cuda.TorchCuda)
+            is_there = has_clocks and isinstance(self._backend, cuda.TorchCuda)
             self._settings = _settings(group, scaled, self._is_double, is_there)
             self._held, self._is_fixed = held, _is_fixed(group)
         now = self._settings
         passes = now.passes
+        if self.is_absent and not passes.average.averaged:
+            return None
+        is_told = False
         if isinstance(self._backend, cuda.TorchCuda):
             self._backend.clock = None
-            is_told = self.is_clocked or cuda.is_there(group["lr"])
-        else:
-            is_told = False
+            is_told = self.is_clocked or (has_clocks and cuda.is_there(group["lr"]))
         numbers: Sequence[Any]
         if is_told:
             numbers = self._told(group["lr"], scale, skip)
@@ -1182,23 +1226,24 @@ class _Bucket:
             numbers = now.numbers(now.rate, self._t, scale, now.host)
         pass_c = PassCoefficients(*numbers[:_PASS_C])
         if self.is_absent:
-            average = passes.average
-            return Group(average, NOTHING, self._idle, (), pass_c) if average.averaged else None
+            return Group(passes.average, NOTHING, self._idle, (), pass_c)
         return Group(passes.step, now.rule, self._selection, numbers[_PASS_C:], pass_c)
 
     def _told(self, rate: Any, scale: Any, skip: Tensor | None) -> list[Any]:
         """The numbers of a step where some of them are on a GPU, which makes all the others."""
         now, backend = self._settings, self._backend
         if self._clock is None:
-            device = gpu.gpu_of(self._variables[0])
-            counts = self._steps if self.is_clocked else ()
-            self._clock = gpu.Clock(device, counts, _PASS_C + len(now.rule.coefficients))
+            self._clock = self._new_clock(())
         known = self._t, scale, rate if cuda.is_there(rate) else now.rate
         numbers = self._clock.tell(make_numbers, now.of_numbers, known, skip, now.host)
         backend.clock = self._clock.table
         # Which the host knows: they are not of those that change.
         told = PassCoefficients(*numbers[:_PASS_C])._replace(steps=1.0, overwrite=0.0, zero=0.0)
         return [*told, *numbers[_PASS_C:]]
+
+    def _new_clock(self, counts: Sequence[Tensor]) -> gpu.Clock:
+        device = gpu.gpu_of(self._variables[0])
+        return gpu.Clock(device, counts, _PASS_C + len(ADAM.coefficients))
 
     def add_to(self, whole: Work, gradients: Any, planned: Group | None) -> None:
         """Make the step, and its count, part of what is done as a whole, in the host's memory."""
@@ -1321,12 +1366,14 @@ def _entry(
     known: Sequence[str],
     replaced: list[Replaced],
     is_clocked: bool,
+    counted: Collection[int] = (),
 ) -> tuple[Entry, type[Torch], float]:
     """A parameter with its state, which is created, or brought into the form that a step needs,
     the kind of backend that steps it, and how many steps it has made.
 
     `known` are the names of what the last step kept, if there was one: that may not be missing.
-    With `is_clocked`, steps are counted on a GPU.
+    With `is_clocked`, steps are counted on a GPU. Counts whose identities are in `counted` are
+    equal, and are not read, which would wait for the device: -1.0 stands for them.
     """
     variable = sharded.inner(p)
     kind = _kind_for([variable])
@@ -1335,10 +1382,12 @@ def _entry(
     if held != {}:
         _check_complete(held, (*_OWN, *known), name)
     replaced.append((held, dict(held)))
-    count = 0.0
-    if held.get("step") is not None:
-        count = _count(_slot("step", held["step"], p, name, group))
     on_gpu = is_clocked and kind is cuda.TorchCuda
+    count = 0.0
+    if on_gpu and id(held.get("step")) in counted:
+        count = -1.0
+    elif held.get("step") is not None:
+        count = _count(_slot("step", held["step"], p, name, group))
     if on_gpu and not _counts_on(held.get("step"), variable.device):
         like = {"dtype": torch.float32, "device": variable.device}
         held["step"] = torch.full((), count, **like)

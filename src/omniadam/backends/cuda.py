@@ -21,9 +21,13 @@ from ..kernels import cpu, layout
 from ..kernels.layout import Operand
 from ..rule import Pass, Rule, clip_factor
 from .base import Entry, Group, Part, Selection, Sums, nothing_measured
-from .gpu import TABLES, Added, CannotCompile, Factors, Launch, Table, gpu_of
+from .gpu import Added, CannotCompile, Factors, Launch, Table, gpu_of
 from .host import Gradients, _overlaps, _spans
 from .torch import TorchDevice, _is_plain, _region_of, _tensors, _written
+
+# How many plans are kept of a selection: each has tables of all of its chunks.
+_PLANS = 8
+
 
 # --- whether there are kernels ---
 
@@ -191,9 +195,6 @@ class TorchCuda(TorchDevice):
 
     def prepared(self, group: Group, gradients: Any) -> list[Callable[[], Any]]:
         """What makes a pass, when it is called: all of it that can fail is done."""
-        by_operations = partial(super().sweep, group, gradients.native)
-        if (group.kind, group.rule) in _refused:
-            return [by_operations]
         kind, located = group.kind, gradients.located
         odd = tuple(gradients.odd) if kind.gradient else located.odd_rest
         launches, written = self._planned(group, located, odd)
@@ -201,10 +202,10 @@ class TorchCuda(TorchDevice):
         try:
             calls = self._launches(launches, group, gradients, factors)
         except CannotCompile as error:
-            if self.clock is not None:  # by which operations cannot go
+            if self.clock is not None:  # which operations do not look at
                 raise
-            _refuse(group, error)
-            return [by_operations]
+            _warn_of(error)
+            return [partial(super().sweep, group, gradients.native)]
         if odd:
             calls.append(partial(self._sweep_odd, group, gradients, odd))
         return [*calls, partial(torch.autograd.graph.increment_version, written)]
@@ -232,7 +233,7 @@ class TorchCuda(TorchDevice):
         key = (id(group.kind), id(group.rule), group.pass_c.overwrite != 0, *odd)
         found = located.plans.get(key)
         if found is None:
-            if len(located.plans) >= TABLES:
+            if len(located.plans) >= _PLANS:
                 located.plans.clear()
             found = located.plans[key] = *self._plan(group, located, odd), group.kind, group.rule
         launches, written, *_ = found
@@ -272,7 +273,11 @@ class TorchCuda(TorchDevice):
         sums: list[Any] = [None] * len(group.entries)
         for gpu in {launch.gpu for launch in found}:
             mine = [launch for launch in found if launch.gpu is gpu]
-            values, _ = _added(gradients.located, mine, joint=False).run(None, 0.0)
+            try:
+                values, _ = _added(gradients.located, mine, joint=False).run(None, 0.0)
+            except CannotCompile as error:
+                _warn_of(error)
+                return super().square_sums(group, gradients.native)
             order = sorted(i for launch in mine for i in launch.indices)
             for i, value in zip(order, values.unbind(), strict=True):
                 sums[i] = value
@@ -281,13 +286,13 @@ class TorchCuda(TorchDevice):
 
     def _measured(self, group: Group, gradients: Any) -> list[Launch] | None:
         """Launches whose partial sums are of all gradients; None if kernels do not see some."""
-        if gradients.odd or (group.kind, group.rule) in _refused:
+        if gradients.odd:
             return None
         launches, _ = self._planned(group, gradients.located, ())
         try:
             calls = self._launches(launches, group, gradients, None)
         except CannotCompile as error:
-            _refuse(group, error)
+            _warn_of(error)
             return None
         for call in calls:
             call()
@@ -300,6 +305,8 @@ class TorchCuda(TorchDevice):
         if found is None:
             return super().clip_factors(group, gradients, clip, threshold)
         values = factors_of(found[0], gradients.located, clip, threshold)
+        if values is None:
+            return super().clip_factors(group, gradients, clip, threshold)
         return Factors(values, len(group.entries), clip.joint)
 
     def update_each(
@@ -319,14 +326,18 @@ def measured(parts: Iterable[tuple[TorchCuda, Group, Any]]) -> list[list[Launch]
         devices.
     """
     parts = list(parts)
-    devices = {gpu_of(e.variable) for _, group, _ in parts for e in group.entries}
-    if len(devices) != 1 or any(gradients.odd for _, _, gradients in parts):
+    if any(gradients.odd for _, _, gradients in parts):
+        return None
+    planned = [backend._planned(group, each.located, ())[0] for backend, group, each in parts]
+    if len({launch.gpu for launches in planned for launch in launches}) != 1:
         return None
     found = [backend._measured(group, gradients) for backend, group, gradients in parts]
     return None if None in found else found  # type: ignore[return-value]
 
 
-def factors_of(launches: Sequence[Launch], located: Located, clip: Any, threshold: float) -> Tensor:
+def factors_of(
+    launches: Sequence[Launch], located: Located, clip: Any, threshold: float
+) -> Tensor | None:
     """What gradients are multiplied by whose norms were measured: one each, or one for all.
 
     Args:
@@ -334,9 +345,16 @@ def factors_of(launches: Sequence[Launch], located: Located, clip: Any, threshol
         located: what keeps what is prepared.
         clip: a `NormClip`.
         threshold: of the norm.
+
+    Returns:
+        None if there is no kernel for it.
     """
     function = clip.factor if clip.joint else clip_factor
-    _, values = _added(located, launches, clip.joint).run(function, threshold)
+    try:
+        _, values = _added(located, launches, clip.joint).run(function, threshold)
+    except CannotCompile as error:
+        _warn_of(error)
+        return None
     return values
 
 
@@ -344,23 +362,17 @@ def _added(located: Located, launches: Sequence[Launch], joint: bool) -> Added:
     key = (joint, *map(id, launches))
     found = located.sums.get(key)
     if found is None:
-        if len(located.sums) >= TABLES:
+        if len(located.sums) >= _PLANS:
             located.sums.clear()
         found = located.sums[key] = Added(launches, joint)
     return found
 
 
-# Passes and rules that some device has no kernel for.
-_refused: set[tuple[Pass, Rule]] = set()
-
-
-def _refuse(group: Group, error: CannotCompile) -> None:
-    """Let PyTorch's functions make this pass from now on, and say so."""
-    _refused.add((group.kind, group.rule))
-    slow.warn(
-        f"Triton cannot compile the rule of {group.rule.make.__qualname__}: {error} Steps are made "
-        "by PyTorch's own functions."
-    )
+def _warn_of(error: CannotCompile) -> None:
+    """Say that PyTorch's functions do what a kernel was to do; raise where that is not wanted."""
+    if cpu.choice() == "triton":
+        raise error
+    slow.warn(f"{error} PyTorch's own functions do that part of steps.")
 
 
 def _operand(entry: Entry) -> Operand | None:

@@ -29,10 +29,12 @@ Int64s = npt.NDArray[np.int64]
 
 # For how many sets of addresses a table of gradients is kept.
 TABLES = 256
+# So many sets of addresses that no step has met may be captured, until the next step that is not.
+SPARES = 4
 
 
 class CannotCompile(RuntimeError):
-    """A kernel that Triton does not compile, or that cannot be loaded."""
+    """A kernel that Triton does not compile, or that cannot be loaded. It is not tried again."""
 
 
 class Table:
@@ -72,7 +74,7 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._kernels: dict[Any, Kernel] = {}
+        self._kernels: dict[Any, Kernel | CannotCompile] = {}
         self._lock = threading.Lock()
         # Pinned memory, and what tells that it was copied.
         self._pinned: list[tuple[Tensor, Any]] = []
@@ -80,13 +82,20 @@ class Gpu:
         self.problem = self._tried()
 
     def _tried(self) -> str:
-        """Why nothing may be launched, in words; empty if it may."""
+        """Why nothing may be launched, in words; empty if it may.
+
+        Raises:
+            torch.OutOfMemoryError: if there is no memory to find out.
+            RuntimeError: if a graph is captured, in which nothing can be found out.
+        """
         if self.is_capturing():
-            return ""
+            raise RuntimeError(WARM_UP)
         mode = torch.cuda.get_sync_debug_mode()
         try:
             torch.cuda.set_sync_debug_mode("default")
             return "" if makes_a_step(self) else f"a step on {self.device} comes out wrong"
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of a compiler, of a file, of a driver
             said = " ".join(str(error).split())[:300]
             return f"Triton fails on {self.device} ({type(error).__name__}: {said})"
@@ -107,6 +116,10 @@ class Gpu:
         values = torch.zeros(count, dtype=torch.float64, device=self.device)
         return Table(values, self.stream())
 
+    def scratch(self, *shape: int) -> Tensor:
+        """Memory for numbers that a launch leaves for those after it in the same step."""
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
     @making_state()
     def uploaded(self, values: Int64s, spare: Spare | None = None) -> Table:
         """A table on the device. It is copied by the current stream, and nothing waits for it.
@@ -115,7 +128,7 @@ class Gpu:
         """
         if self.is_capturing():
             if spare is None:
-                raise RuntimeError(WARM_UP)
+                raise RuntimeError(NO_PLACE)
             pinned, found = spare
             pinned.numpy()[:] = values.reshape(-1)
             self.copy(found.tensor, pinned)
@@ -177,10 +190,19 @@ class Gpu:
             try:
                 kernel, constants = compile(*of, self._target())
                 self._load(kernel)
+                found = kernel, tuple(constants.values())
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # of Triton, of a compiler of C, of the rule
                 said = " ".join(str(error).split())[:300]
-                raise CannotCompile(f"{type(error).__name__}: {said}") from error
-            found = self._kernels[key] = kernel, tuple(constants.values())
+                rules = [each.make.__qualname__ for each in of if isinstance(each, Rule)]
+                what = rules[0] if rules else "norms or clocks"
+                found = CannotCompile(
+                    f"Triton makes no kernel for {what} ({type(error).__name__}: {said})."
+                )
+            self._kernels[key] = found
+        if isinstance(found, CannotCompile):
+            raise found
         return found
 
     def _load(self, kernel: Any) -> None:
@@ -203,6 +225,11 @@ class Gpu:
         return GPUTarget("cuda", 10 * major + minor, 32)
 
 
+NO_PLACE = (
+    "This step meets its gradients at addresses that no step has met, and there is no memory left "
+    f"to capture them: {SPARES} such sets can be captured after a step that is not. Make at least "
+    "one step before this capture, with the same parameters, outside of a graph."
+)
 WARM_UP = (
     "A step can be captured in a CUDA graph once its kernels are compiled and its tables have a "
     "place: make at least one step with the same parameters and settings before, on a side stream, "
@@ -248,7 +275,7 @@ class Launch:
     rows: Table
     partials: Table | None  # what a pass over gradients measures, a number for each chunk
     grads: dict[bytes, Table] = field(default_factory=dict)
-    spare: Spare | None = None
+    spares: list[Spare] = field(default_factory=list)
     # By addresses, what captures upload in each replay: nobody else finds it filled.
     captured: dict[bytes, Spare] = field(default_factory=dict)
 
@@ -317,15 +344,15 @@ class Launch:
                 self.grads.clear()
             found = self.grads[key] = self.gpu.uploaded(np.frombuffer(addresses, np.int64))
         # For a capture, which has a clock.
-        if clocked and self.spare is None and not self.gpu.is_capturing():
-            self.spare = self.gpu.spare(len(addresses))
+        if clocked and len(self.spares) < SPARES and not self.gpu.is_capturing():
+            self.spares += [self.gpu.spare(len(addresses)) for _ in range(len(self.spares), SPARES)]
         return found
 
     def _captured(self, key: bytes) -> Table:
         """A table that each replay fills anew, from memory that nobody else writes to."""
         spare = self.captured.get(key)
-        if spare is None:
-            spare, self.spare = self.spare, None
+        if spare is None and self.spares:
+            spare = self.spares.pop()
         table = self.gpu.uploaded(np.frombuffer(key, np.int64), spare)  # raises without a spare one
         assert spare is not None
         self.captured[key] = spare
@@ -387,9 +414,8 @@ class Added:
         from ..kernels import triton as kernels
 
         kernel = self._gpu.kernel(kernels.factor_kernel, clip)
-        values = torch.empty(2, self._count, dtype=torch.float64, device=self._gpu.device)
-        sums, factors = values.unbind()
-        self._gpu.keep(self._segments, self._firsts, values)
+        sums, factors = self._gpu.scratch(2, self._count).unbind()
+        self._gpu.keep(self._segments, self._firsts)
         stream = self._gpu.stream()
         tables = self._segments.on(stream), self._firsts.on(stream)
         self._gpu.launch(
@@ -415,7 +441,7 @@ class Clock:
     """
 
     def __init__(self, gpu: Gpu, counts: Sequence[Tensor], size: int) -> None:
-        self.gpu, self._counts, self._size = gpu, counts, size
+        self.gpu, self.counts, self._size = gpu, counts, size
         self.table = gpu.doubles(1 + size)
         self._places = None
         if counts:
@@ -454,7 +480,7 @@ class Clock:
 
         t, scale, rate = known
         single = torch.float32
-        step = self._counts[0] if self._counts else None
+        step = self.counts[0] if self.counts else None
         there = [self._there(each, single) for each in (skip, scale)]
         is_double = isinstance(rate, Tensor) and rate.dtype == torch.float64
         there.append(self._there(rate, torch.float64 if is_double else single))
@@ -479,13 +505,13 @@ class Clock:
         if self._places is None:
             return lambda: None
         kernel = self.gpu.kernel(kernels.count_kernel)
-        stream, count = self.gpu.stream(), len(self._counts)
+        stream, count = self.gpu.stream(), len(self.counts)
         self.gpu.keep(self._places)
         arguments = self._places.on(stream), count, self.table.on(stream)
 
         def advance() -> None:
             self.gpu.launch(kernel, -(-count // kernels.COUNTED), *arguments)
-            torch.autograd.graph.increment_version(list(self._counts))
+            torch.autograd.graph.increment_version(list(self.counts))
             self._versions = self._seen()
 
         return advance

@@ -109,7 +109,11 @@ class Mesh:
         found = [places.get(position) for position in self.positions]
         mine = [0.0 if place is None else place[0][place[1]] for place in found]
         device = self._mesh.device_type
-        total = torch.stack([torch.as_tensor(s, dtype=torch.float64).to(device) for s in mine])
+        # Made there: a number that is copied to a device would be waited for.
+        like = {"dtype": torch.float64, "device": device}
+        total = torch.stack(
+            [s.to(**like) if isinstance(s, Tensor) else torch.full((), s, **like) for s in mine]
+        )
         for dimension in self._dimensions:
             torch.distributed.all_reduce(total, group=self._mesh.get_group(dimension))
         values = total.tolist() if device == "cpu" else list(total.unbind())

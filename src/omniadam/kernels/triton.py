@@ -114,7 +114,7 @@ class Functions:
 
     def __repr__(self) -> str:
         """By what Triton's cache on disk tells one version of them from another."""
-        every = (self.sqrt, self.where, self.maximum, self.minimum, self.expm1, self.single)
+        every = [value for name, value in vars(Functions).items() if not name.startswith("__")]
         return f"Functions({', '.join(each.cache_key for each in every)})"
 
 
