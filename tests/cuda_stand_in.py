@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
@@ -143,6 +145,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 def set_devices(monkeypatch: pytest.MonkeyPatch, gpu_of: Callable[[Tensor], Gpu]) -> None:
     monkeypatch.setattr(cuda, "gpu_of", gpu_of)
     monkeypatch.setattr(gpu_module, "gpu_of", gpu_of)
+
+
+class Counted(TorchFunctionMode):
+    """Notes the functions of torch that compute numbers."""
+
+    COMPUTE = ("stack", "full", "sum", "add", "mul", "div", "rdiv", "reciprocal", "sqrt", "clamp")
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if name.strip("_") in self.COMPUTE:
+            self.names.append(name)
+        return function(*arguments, **(named or {}))
 
 
 def there(value: float, dtype: torch.dtype = torch.float32) -> Any:
@@ -798,6 +817,49 @@ def test_a_group_that_is_empty_or_has_no_values_yet(monkeypatch: pytest.MonkeyPa
     params = model()
     drop_in.Adam([{"params": params}, {"params": []}], lr=0.01, capturable=True)
     drop_in.Adam([torch.ones(3, device="meta")], lr=0.01, capturable=True)
+
+
+class Elsewhere(str):
+    """The host, as a device that is not the host."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("settings", [{"clipnorm": 0.3}, {"global_clipnorm": 1.0}], ids=str)
+def test_shards_are_clipped_in_a_few_operations(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, gpu: StandIn
+) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        others = [nn.Parameter(torch.full((7, 3), 0.1 * k)) for k in range(20)]
+        params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in others]
+        opt, twin = (drop_in.AdamW(each, lr=0.01, **settings) for each in (params, others))
+        for step in range(3):
+            for k, (p, q) in enumerate(zip(params, others, strict=True)):
+                q.grad = torch.sin(torch.arange(21.0) + step + k).reshape(7, 3)
+                p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+            if step == 1:
+                here = opt._meshes[0]._mesh
+                elsewhere = SimpleNamespace(device_type=Elsewhere("cpu"), get_group=here.get_group)
+                monkeypatch.setattr(opt._meshes[0], "_mesh", elsewhere)
+            gpu.launched.clear()
+            with Counted() as counted:
+                opt.step()
+            assert gpu.launched == ["sweep", "factor", "sweep"]
+            twin.step()
+            # Whatever the number of parameters.
+            assert step == 0 or 3 < len(counted.names) < 15, counted.names
+        for p, q in zip(params, others, strict=True):
+            torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-6, atol=1e-9)
+    finally:
+        dist.destroy_process_group()
 
 
 # --- whether a device can be trusted ---
