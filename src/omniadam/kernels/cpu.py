@@ -117,7 +117,11 @@ def _numba_problem() -> str:
 
 # --- what the kernels are made of; everything below this line up to `_kernel` runs inside Numba ---
 
+# Most of the time that a kernel takes to compile goes to the small functions that it calls. They
+# are made once in a process, so that Numba compiles each once for its types, and not each time.
 
+
+@cache
 def _primitives() -> Any:
     """Loads, stores and conversions in Numba's terms."""
     import numba
@@ -156,8 +160,20 @@ def _primitives() -> Any:
         return conversion
 
     half, single = ir.HalfType(), ir.FloatType()
-    inline = numba.njit(error_model="numpy", fastmath=set(_ELEMENTWISE))
-    summing = numba.njit(error_model="numpy", fastmath=set(_REDUCING))
+    # Nobody calls such a function from Python, and what would let one is half of what is compiled.
+    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    inline = numba.njit(fastmath=set(_ELEMENTWISE), **options)
+    summing = numba.njit(fastmath=set(_REDUCING), **options)
+    double = np.float64
+
+    @inline
+    def stored(array: Any, i: int, value: Any) -> Any:
+        array[i] = value
+        return value
+
+    @summing
+    def squared(x: Any) -> Any:
+        return double(x) * double(x)
 
     class primitives:
         int64, float64 = types.int64, types.float64
@@ -166,6 +182,7 @@ def _primitives() -> Any:
         fetch_add = staticmethod(atomic("add"))
         exchange = staticmethod(atomic("xchg"))
         njit, reducing = staticmethod(inline), staticmethod(summing)
+        put, square = staticmethod(stored), staticmethod(squared)
         half_to_single = convert(
             types.uint16,
             types.float32,
@@ -184,30 +201,38 @@ def _primitives() -> Any:
     return primitives
 
 
-def _conversions(p: Any, dtype: str) -> tuple[Any, Any]:
-    """Between what is stored for an element of `dtype` and the float that is computed with."""
+@cache
+def _conversions(p: Any, dtype: str) -> tuple[Any, Any, Any]:
+    """From what is stored for an element of `dtype` to the float that is computed with, and back.
+
+    The third rounds such a float to one that can be stored.
+    """
     if dtype == "float16":
         half_to_single, single_to_half = p.half_to_single, p.single_to_half
-        return p.njit(lambda x: half_to_single(x)), p.njit(lambda x: single_to_half(x))
-    if dtype == "bfloat16":
+        widen, narrow = p.njit(lambda x: half_to_single(x)), p.njit(lambda x: single_to_half(x))
+    elif dtype == "bfloat16":
         single_to_bits, bits_to_single = p.single_to_bits, p.bits_to_single
         uint16, uint32 = np.uint16, np.uint32
         # Half of a unit in the last place that is kept, one less so that ties go to the even one.
         half, one, quiet = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
 
+        @p.njit
         def widen(x: Any) -> Any:
             return bits_to_single(uint32(x) << uint32(16))
 
+        @p.njit
         def narrow(x: Any) -> Any:
             bits = single_to_bits(x)
             kept = uint16((bits + (half + ((bits >> uint32(16)) & one))) >> uint32(16))
             return quiet if x != x else kept
 
-        return p.njit(widen), p.njit(narrow)
-    identity = p.njit(lambda x: x)
-    return identity, identity
+    else:
+        identity = p.njit(lambda x: x)
+        return identity, identity, identity
+    return widen, narrow, p.njit(lambda x: widen(narrow(x)))
 
 
+@cache
 def _functions(p: Any) -> Any:
     """`rule.Functions` as Numba compiles them."""
 
@@ -223,6 +248,12 @@ def _functions(p: Any) -> Any:
     return functions
 
 
+@cache
+def _update(p: Any, rule: Rule) -> Any:
+    return p.njit(rule.bind(_functions(p)))
+
+
+@cache
 def _tuple(njit: Any, arguments: str, item: str, count: int, **names: Any) -> Any:
     """A function that returns a tuple of so many items, in which {k} is 0, 1, ...
 
@@ -250,12 +281,10 @@ def _build_pass(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
     fetch_add = p.fetch_add
 
     functions = _functions(p)
-    widen, narrow = _conversions(p, dtype)
-    widen_gradient, _ = _conversions(p, gradient_dtype)
-    is_half = dtype != ARITHMETIC[dtype]
-    rounded = p.njit(lambda x: widen(narrow(x))) if is_half else p.njit(lambda x: x)
+    widen, narrow, rounded = _conversions(p, dtype)
+    widen_gradient, _, _ = _conversions(p, gradient_dtype)
     gradient = p.njit(arithmetic.make_gradient(kind, functions))
-    update = p.njit(rule.bind(functions))
+    update = _update(p, rule)
     element = p.njit(arithmetic.make_element(kind, update, gradient, functions, rounded))
     measures = [p.njit(MEASURES[name](functions)) for name in kind.measured]
 
@@ -265,27 +294,18 @@ def _build_pass(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
     runs, stores, factored = not kind.measures_only, kind.stores_variable, kind.clipped_by_factor
     accumulates, held = kind.stores_accumulator, slots if kind.stores_slots else 0
 
-    @p.njit
-    def put(array: Any, i: int, value: Any) -> Any:
-        array[i] = value
-        return value
-
-    @p.reducing
-    def square(x: Any) -> Any:
-        return double(x) * double(x)
-
     names = {"real": real, "real_type": real_type, "view": view, "to_pointer": to_pointer}
     pass_numbers = _tuple(p.njit, "c", "real(c[{k}])", PASS_C, **names)
     rule_numbers = _tuple(p.njit, "c", f"real(c[{PASS_C} + {{k}}])", coefficients, **names)
     slot = "view(to_pointer(row[{k} + 1] + at, real_type), (n,))"
     slots_of = _tuple(p.njit, "row, at, n", slot, held, **names)
     values_of = _tuple(p.njit, "arrays, i", "arrays[{k}][i]", held)
-    put_values = _tuple(p.njit, "arrays, i, x", "put(arrays[{k}], i, x[{k}])", held, put=put)
-    measure = {f"measure_{k}": each for k, each in enumerate(measures)} | {"square": square}
+    put_values = _tuple(p.njit, "arrays, i, x", "put(arrays[{k}], i, x[{k}])", held, put=p.put)
+    measure = {f"measure_{k}": each for k, each in enumerate(measures)} | {"square": p.square}
     squares = "total[{k}] + square(measure_{k}(g, before, after))"
     nothing = _tuple(p.njit, "zero", "double(zero)", measured, double=double)
     added = _tuple(p.reducing, "total, g, before, after", squares, measured, **measure)
-    put_sums = _tuple(p.njit, "to, i, x", "put(to, i + {k}, x[{k}])", measured, put=put)
+    put_sums = _tuple(p.njit, "to, i, x", "put(to, i + {k}, x[{k}])", measured, put=p.put)
 
     def kernel(job: int) -> Any:
         j = view(to_pointer(job, int64), (WORDS,))

@@ -111,12 +111,11 @@ def _build(kind: Pass, rule: Rule, dtype: str, gradient_dtype: str) -> Any:
     fetch_add = p.fetch_add
 
     functions = cpu._functions(p)
-    widen, narrow = cpu._conversions(p, dtype)
-    widen_gradient, _ = cpu._conversions(p, gradient_dtype)
+    widen, narrow, rounded = cpu._conversions(p, dtype)
+    widen_gradient, _, _ = cpu._conversions(p, gradient_dtype)
     is_half = dtype != ARITHMETIC[dtype]
-    rounded = p.njit(lambda x: widen(narrow(x))) if is_half else p.njit(lambda x: x)
     gradient = p.njit(arithmetic.make_gradient(kind, functions))
-    update = p.njit(rule.bind(functions))
+    update = cpu._update(p, rule)
     element = p.njit(arithmetic.make_element(kind, update, gradient, functions, rounded))
     has_hat = len(rule.slots) == 3
     may_rest = not (kind.decayed or kind.penalised)
