@@ -164,7 +164,7 @@ FAULTS = [
         NUMPY,
     ),
     Fault("rule.py", "epsilon if epsilon_hat else epsilon * correction_2", "epsilon", DROP_IN),
-    Fault("adam.py", "epsilon_hat=self.epsilon_hat", "epsilon_hat=True", "test_epsilon_hat.py"),
+    Fault("adam.py", "*numbers, self.epsilon_hat", "*numbers, True", "test_epsilon_hat.py"),
     Fault("rule.py", "beta if short else 1 - beta", "1 - beta", "test_short_betas.py"),
     Fault("rule.py", "rate / (1.0 + decay * (t - 1))", "rate / (1.0 + decay * t)", OLDER),
     Fault("rule.py", "g = divide(g, scale)", "g = divide(g, scale * scale)", NUMPY),
@@ -264,12 +264,7 @@ FAULTS = [
     Fault("settings.py", "decayed=self.weight_decay is not None", "decayed=False", NUMPY),
     Fault("settings.py", "NormClip(clips.norm is None,", "NormClip(True,", NUMPY),
     Fault("settings.py", "1.0 - self.ema_momentum,", "self.ema_momentum,", NUMPY),
-    Fault(
-        "torch.py",
-        "self._t + 1.0,\n            now.beta_1",
-        "self._t,\n            now.beta_1",
-        DROP_IN,
-    ),
+    Fault("torch.py", "functions, rate, t + 1.0, host[4]", "functions, rate, t, host[4]", DROP_IN),
     Fault(
         "torch.py", "penalised=decay != 0.0 and not decoupled", "penalised=decay != 0.0", DROP_IN
     ),
