@@ -207,7 +207,17 @@ def trained(
         return [*params, *opt.variables]
 
 
-@pytest.mark.parametrize("name", PART)
+def covering() -> list[str]:
+    """Cases of the table in which every setting occurs; what passes do is asked elsewhere."""
+    found, missing = [], set().union(*(case.settings for case in PART.values()))
+    for name, case in PART.items():
+        if missing & case.settings.keys():
+            missing -= case.settings.keys()
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", covering())
 def test_table_of_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = PART[name]
     ours = trained(case, "float32", monkeypatch, TorchCuda)
@@ -400,6 +410,39 @@ def test_versions_of_what_is_written(gpu: StandIn) -> None:
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_orders_of_memory_and_views_of_one_buffer(gpu: StandIn) -> None:
+    """As of convolutions, and of DDP, ZeRO and FSDP: at any alignment, in one launch."""
+    shapes = [(4, 3, 5, 2), (33, 31), (1,), (1025,), ()]
+    plain = [torch.sin(torch.arange(1.0 + math.prod(s)))[1:].reshape(s) for s in shapes]
+    grads = [torch.cos(100 * p) for p in plain]
+    buffer = torch.cat([torch.zeros(1), *(p.reshape(-1) for p in plain)])
+    starts = np.cumsum([1, *(p.numel() for p in plain)])
+    views = [buffer[a : a + p.numel()].view(p.shape) for a, p in zip(starts, plain, strict=False)]
+
+    def last(x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return x.to(memory_format=torch.channels_last)
+        return x.t().contiguous().t() if x.dim() == 2 else x.clone()
+
+    results = []
+    for params, given in (
+        ([p.clone() for p in plain], grads),
+        (views, [g.clone() for g in grads]),
+        (list(map(last, plain)), list(map(last, grads))),
+    ):
+        held = [nn.Parameter(p) for p in params]
+        opt = drop_in.AdamW(held, lr=0.01, use_ema=True)
+        gpu.launched.clear()
+        for _ in range(2):
+            for p, g in zip(held, given, strict=True):
+                p.grad = g
+            opt.step()
+        assert gpu.launched == ["sweep"] * 2
+        results.append(bits([t.contiguous() for t in states(opt, held)]))
+    assert results[1] == results[0] and results[2] == results[0]
+    assert buffer[0] == 0.0, "what lies before is left alone"
 
 
 # --- what no kernel takes ---
