@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def test_interpreted(name: str, request: pytest.FixtureRequest) -> None:
 
 def test_what_the_driver_is_handed() -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("Triton's launcher needs a compiler of C")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if compiler is None or not header.exists():
+        pytest.skip("Triton's launcher needs a compiler of C, and Python's headers")
     script = "triton_launched.py"
     names = re.findall(r"^def (test_\w+)", (HERE / script).read_text(), re.M)
     assert outcomes(script, names, {"CC": compiler}) == dict.fromkeys(names)
