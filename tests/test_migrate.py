@@ -346,10 +346,15 @@ def test_of_a_copy() -> None:
 
 
 @pytest.mark.needs("autograd", "torch", "tensorflow", "tf_keras")
-def test_page() -> None:
-    """One process: each import of TensorFlow takes seconds."""
-    found = blocks("docs/migration.md")
-    assert len(found) >= 5
+@pytest.mark.parametrize("is_with_tensorflow", [True, False])
+def test_page(is_with_tensorflow: bool) -> None:
+    """Few processes: each import of TensorFlow takes seconds.
+
+    One without it, since some versions of it and of what PyTorch's optimizers import, Triton, end a
+    process that has both.
+    """
+    found = [x for x in blocks("docs/migration.md") if ("tensorflow" in x) is is_with_tensorflow]
+    assert len(found) >= 3
     code = "\n".join(f"exec({code!r}, {{}})" for code in found)
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TF_USE_LEGACY_KERAS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
