@@ -1772,7 +1772,9 @@ def test_what_is_private_may_be_missing(
     with pytest.warns(RuntimeWarning, match="slow here: jax"):
         found = [look() for look in (*looks, fast.kernels_work.__wrapped__)]
     assert found == [backend.nothing_is_traced, False, False]
-    names = "trace_state_clean", "_refs._buf", "foreign functions"
+    names = ["trace_state_clean", "_refs._buf"]
+    # Before, it is usual that steps are XLA's, and nothing is said.
+    names += ["foreign functions"] if jax.__version_info__ >= (0, 8, 1) else []
     assert all(name in each for name, each in zip(names, slow_reasons, strict=True))
     # Where kernels are not wanted, it is no surprise that there are none.
     monkeypatch.setenv("OMNIADAM_KERNEL", "numpy")

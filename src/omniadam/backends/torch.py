@@ -247,7 +247,7 @@ class Torch(Backend):
     def assign(self, variable: Tensor, value: Any) -> None:
         counter = self._counter(variable)
         if counter is not None:
-            counter[...] = value
+            counter[...] = value.item() if isinstance(value, Tensor) else value
             return
         if (rows := self._rows.get(id(variable))) is not None:
             rows.deferral.forget()
