@@ -26,15 +26,17 @@ NAMES = ("adam", "adamw", "optimizer", "multi_optimizer", "loss_scale_optimizer"
         (
             "tensorflow",
             ["optimizer_sparse"],
-            "not SparseTest or adam and not adamax and not nadam",
-            103,
+            "(not SparseTest or adam and not adamax and not nadam)",
+            102,
         ),
-        ("torch", [], "", 100),
+        ("torch", [], "not SparseTest", 99),
         # Where Keras has no `fit`.
-        ("numpy", [], "not fit and not test_ema and not test_swap_ema", 94),
+        ("numpy", [], "not fit and not test_ema and not test_swap_ema", 93),
     ],
 )
 def test_optimizers_of_keras(backend: str, more: list[str], chosen: str, passed: int) -> None:
     modules = [f"keras.src.optimizers.{name}_test" for name in (*NAMES, *more)]
+    # Keras's is an error before the build; ours waits for it (test_saving_keras.py).
+    chosen += " and not test_set_weights"
     ended = run_suite("keras_suite", *modules, "-k", chosen, KERAS_BACKEND=backend)
     assert ended["failed"] == ended["error"] == 0 and ended["passed"] >= passed, ended
