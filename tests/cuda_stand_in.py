@@ -207,17 +207,7 @@ def trained(
         return [*params, *opt.variables]
 
 
-def covering() -> list[str]:
-    """Cases of the table in which every setting occurs; what passes do is asked elsewhere."""
-    found, missing = [], set().union(*(case.settings for case in PART.values()))
-    for name, case in PART.items():
-        if missing & case.settings.keys():
-            missing -= case.settings.keys()
-            found.append(name)
-    return found
-
-
-@pytest.mark.parametrize("name", covering())
+@pytest.mark.parametrize("name", PART)
 def test_table_of_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = PART[name]
     ours = trained(case, "float32", monkeypatch, TorchCuda)
@@ -918,6 +908,21 @@ def test_a_device_is_tried(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> Non
 
     monkeypatch.setattr(gpu, "launch", wrong)
     assert not makes_a_step(gpu)
+
+
+def test_a_report_says_how_steps_are_made(monkeypatch: pytest.MonkeyPatch, gpu: StandIn) -> None:
+    import omniadam
+
+    wrong = StandIn()
+    wrong.problem = "a step on cuda:1 comes out wrong"
+    places = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(gpu_module, "_gpus", dict(zip(places, (gpu, wrong), strict=True)))
+    said = {
+        "cuda:0": "compiled by Triton",
+        "cuda:1": "PyTorch's functions: a step on cuda:1 comes out wrong",
+    }
+    assert omniadam.info()["gpu_kernels"] == said
+    assert all(words in omniadam.environment.as_text(omniadam.info()) for words in said.values())
 
 
 def failing(

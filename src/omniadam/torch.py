@@ -810,8 +810,8 @@ def make_numbers(functions: Any, kind: Pass, epsilon_hat: bool, is_double: bool)
         is_double: whether parameters are float64.
 
     Returns:
-        A function of the rate, the steps that were made, what divides gradients, and `_host`. It
-        returns the fields of `PassCoefficients` and of `AdamCoefficients`.
+        A function of the rate, the steps that were made, what divides gradients, and
+        `GroupSettings.host`. It returns the fields of `PassCoefficients` and `AdamCoefficients`.
     """
     decayed = kind.decayed
     single = functions.single

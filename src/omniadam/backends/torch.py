@@ -597,10 +597,6 @@ class DeviceNumbers(Numbers):
         return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
     @staticmethod
-    def expm1(x: Any) -> Any:
-        return torch.expm1(x) if isinstance(x, Tensor) else math.expm1(x)
-
-    @staticmethod
     def maximum(a: Any, b: Any) -> Any:
         return torch.clamp(a, min=b) if isinstance(a, Tensor) else Numbers.maximum(a, b)
 
